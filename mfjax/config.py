@@ -1,0 +1,498 @@
+"""Configuration of a run: frozen dataclasses, validated when built, to and from JSON.
+
+A run is one `RunConfig`. Components receive their own sub-config, never the root. Values that a
+user gave and that cannot work raise `ValueError` with the field, the value and a remedy; nothing
+here touches a device.
+"""
+
+import dataclasses
+import difflib
+import enum
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pallas_kernels.implementation import Implementation
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Return {'model.d_ff': 2048, ...} for a nested dict from `to_dict`."""
+  leaves: dict[str, Any] = {}
+  for key, value in values.items():
+    if isinstance(value, Mapping):
+      leaves |= flatten(value, f"{prefix}{key}.")
+    else:
+      leaves[prefix + key] = value
+  return leaves
+
+
+def unknown_name(name: str, known: typing.Iterable[str], what: str) -> str:
+  """Return a sentence about an unknown name, with the nearest known ones."""
+  known = sorted(known)
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  if not near:  # A right leaf name under the wrong section.
+    near = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+  hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+  return f"unknown {what} {name!r}: {hint}"
+
+
+def coerce(value: Any, kind: Any, name: str) -> Any:
+  """Return `value` as type `kind` (bool, int, float, str, enum, tuple of pairs, or config).
+
+  Raises:
+    ValueError: the value is not of that type; names the field, the value and what is expected.
+  """
+  if isinstance(kind, type) and issubclass(kind, enum.Enum):
+    if isinstance(value, kind):
+      return value
+    if value in [member.value for member in kind]:
+      return kind(value)
+    choices = [member.value for member in kind]
+    raise ValueError(f"{name}={value!r}: {unknown_name(str(value), choices, 'choice')}")
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if kind is float and isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f"{name}={value!r} must be a finite number")
+  if typing.get_origin(kind) is tuple:
+    return _coerce_pairs(value, name)
+  expected = typing.get_origin(kind) or kind
+  if not isinstance(value, expected) or (kind is int and isinstance(value, bool)):
+    raise ValueError(f"{name}={value!r} has type {type(value).__name__}: give a {kind.__name__}")
+  return value
+
+
+def _coerce_pairs(value: Any, name: str) -> tuple[tuple[str, float], ...]:
+  if isinstance(value, Mapping):
+    value = value.items()
+  try:
+    return tuple((coerce(k, str, name), coerce(v, float, name)) for k, v in value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{name}={value!r}: give (domain, share) pairs") from error
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+  hints = typing.get_type_hints(cls)
+  return {f.name: hints[f.name] for f in dataclasses.fields(typing.cast(Any, cls))}
+
+
+def _to_plain(value: Any) -> Any:
+  if dataclasses.is_dataclass(value):
+    return {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  if isinstance(value, enum.Enum):
+    return value.value
+  if isinstance(value, tuple):
+    return [_to_plain(item) for item in value]
+  return value
+
+
+def _from_plain(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+  kinds = _field_types(cls)
+  if not isinstance(values, Mapping):
+    raise ValueError(f"{prefix.rstrip('.')}={values!r}: expected fields {', '.join(kinds)}")
+  built: dict[str, Any] = {}
+  for name, value in values.items():
+    if name not in kinds:
+      raise ValueError(unknown_name(prefix + str(name), [prefix + k for k in kinds], "field"))
+    is_config = dataclasses.is_dataclass(kinds[name])
+    built[name] = (
+      _from_plain(kinds[name], value, f"{prefix}{name}.")
+      if is_config
+      else coerce(value, kinds[name], prefix + name)
+    )
+  try:
+    return cls(**built)
+  except ValueError as error:
+    raise ValueError(f"{prefix}{error}" if prefix else str(error)) from error
+
+
+class DType(enum.Enum):
+  """Number format of a computation or of a stored tensor."""
+
+  FLOAT32 = "float32"
+  BFLOAT16 = "bfloat16"
+
+
+class Gate(enum.Enum):
+  """How router logits are computed from the layer's input."""
+
+  MLP = "mlp"
+  LINEAR = "linear"
+  GMM = "gmm"
+
+
+class Init(enum.Enum):
+  """Initialisation: as published, or truncated normal with fan-in scaling at every depth."""
+
+  PUBLISHED = "published"
+  TRUNCATED_NORMAL = "truncated_normal"
+
+
+class Remat(enum.Enum):
+  """What the backward pass recomputes: nothing, all but matrix products' results, everything."""
+
+  NONE = "none"
+  SAVE_MATMULS = "save_matmuls"
+  FULL = "full"
+
+
+class AuxLoss(enum.Enum):
+  """Auxiliary loss over the routers' statistics."""
+
+  NONE = "none"
+  MUTUAL_INFORMATION = "mutual_information"
+  CONCENTRATION = "concentration"
+  SWITCH = "switch"
+
+
+class Statistics(enum.Enum):
+  """Which estimate of the whole batch's router statistics a microbatch's gradient sees."""
+
+  MICROBATCH = "microbatch"
+  RUNNING = "running"
+  EXACT = "exact"
+
+
+class Placement(enum.Enum):
+  """How one kind of expert is spread: tokens travel to experts, or weights are gathered."""
+
+  EXPERT = "expert"
+  FSDP = "fsdp"
+
+
+class Schedule(enum.Enum):
+  """Learning rate after the linear warm-up."""
+
+  COSINE = "cosine"
+  WSD = "wsd"
+  CONSTANT = "constant"
+
+
+class RowFormat(enum.Enum):
+  """How documents become rows: packed with segment ids, or concatenated and cut."""
+
+  PACK = "pack"
+  CONCATENATE = "concatenate"
+
+
+class DataEnd(enum.Enum):
+  """What happens when every document of a domain was seen."""
+
+  REPEAT = "repeat"
+  STOP = "stop"
+
+
+class OnSaveError(enum.Enum):
+  """What a failed checkpoint save (full disk) does to the run."""
+
+  STOP = "stop"
+  CONTINUE = "continue"
+
+
+def _positive(owner: object, *names: str) -> None:
+  for name in names:
+    value = getattr(owner, name)
+    if value <= 0:
+      raise ValueError(f"{name}={value} must be positive")
+
+
+def _not_negative(owner: object, *names: str) -> None:
+  for name in names:
+    value = getattr(owner, name)
+    if value < 0:
+      raise ValueError(f"{name}={value} must not be negative")
+
+
+def _fraction(owner: object, *names: str) -> None:
+  for name in names:
+    value = getattr(owner, name)
+    if not 0 <= value < 1:
+      raise ValueError(f"{name}={value} must be at least 0 and below 1")
+
+
+class _Checked:
+  """Checks every field's type before a config's own rules run."""
+
+  def __post_init__(self) -> None:
+    for field, kind in _field_types(type(self)).items():
+      object.__setattr__(self, field, coerce(getattr(self, field), kind, field))
+    self._validate()
+
+  def _validate(self) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Checked):
+  """Shape of a ModuleFormer; defaults are MoLM-350M-4B."""
+
+  vocab_size: int = 50295
+  d_model: int = 1024
+  num_layers: int = 24
+  num_heads: int = 1
+  d_attention: int = 1024
+  d_ff: int = 2048
+  num_attention_experts: int = 16
+  num_ff_experts: int = 32
+  attention_top_k: int = 2
+  ff_top_k: int = 2
+  gate: Gate = Gate.MLP
+  d_gate: int = 256
+  sample_top_k: int = 0
+  embedding_dropout: float = 0.0
+  residual_dropout: float = 0.0
+  router_dropout: float = 0.0
+  layer_norm_eps: float = 1e-5
+  init: Init = Init.PUBLISHED
+  init_std: float = 0.02
+  compute_dtype: DType = DType.BFLOAT16
+
+  def _validate(self) -> None:
+    _positive(self, "vocab_size", "d_model", "num_layers", "num_heads", "d_attention", "d_ff")
+    _positive(self, "num_attention_experts", "num_ff_experts", "attention_top_k", "ff_top_k")
+    _positive(self, "d_gate", "layer_norm_eps", "init_std")
+    _not_negative(self, "sample_top_k")
+    _fraction(self, "embedding_dropout", "residual_dropout", "router_dropout")
+    for kind in ("attention", "ff"):
+      top_k, num_experts = getattr(self, f"{kind}_top_k"), getattr(self, f"num_{kind}_experts")
+      if top_k > num_experts:
+        raise ValueError(
+          f"{kind}_top_k={top_k} exceeds num_{kind}_experts={num_experts}: "
+          f"choose {kind}_top_k of at most {num_experts}"
+        )
+      if self.sample_top_k > top_k:
+        raise ValueError(
+          f"sample_top_k={self.sample_top_k} exceeds {kind}_top_k={top_k}: "
+          f"choose sample_top_k of at most {top_k}"
+        )
+    if self.d_attention % self.num_heads:
+      works = max(n for n in range(1, self.num_heads + 1) if self.d_attention % n == 0)
+      raise ValueError(
+        f"d_attention={self.d_attention} is not divisible by num_heads={self.num_heads}: "
+        f"num_heads={works} works"
+      )
+
+  @property
+  def identity_kv(self) -> bool:
+    """True if keys and values are the layer's normalised input itself, without parameters."""
+    return self.d_attention == self.d_model and self.num_heads == 1
+
+  @property
+  def head_dim(self) -> int:
+    return self.d_attention // self.num_heads
+
+  @property
+  def padded_vocab_size(self) -> int:
+    """Rows of the embedding and of lm_head in memory: vocab_size rounded up to 128."""
+    return math.ceil(self.vocab_size / 128) * 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(_Checked):
+  """Devices by axis. One axis may be -1: the remaining devices."""
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  attention_placement: Placement = Placement.EXPERT
+  ff_placement: Placement = Placement.EXPERT
+  exchange_buffer: float = 1.5
+
+  def _validate(self) -> None:
+    for axis, size in self.axis_sizes.items():
+      if size == 0 or size < -1:
+        raise ValueError(f"{axis}={size} must be a positive number of devices, or -1 for the rest")
+    if list(self.axis_sizes.values()).count(-1) > 1:
+      raise ValueError(f"{self.axis_sizes}: only one mesh axis may be -1; give the others a size")
+    if self.exchange_buffer < 1:
+      raise ValueError(f"exchange_buffer={self.exchange_buffer} must be at least 1: 1.5 is usual")
+
+  @property
+  def axis_sizes(self) -> dict[str, int]:
+    return {"data": self.data, "fsdp": self.fsdp, "expert": self.expert}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelConfig(_Checked):
+  """Implementation of each operation that has a kernel."""
+
+  grouped_matmul: Implementation = Implementation.AUTO
+  stick_breaking: Implementation = Implementation.AUTO
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(_Checked):
+  """Prepared data and how it becomes batches.
+
+  `path` is a directory that `mfjax prepare` wrote. `mixture` maps domains to shares of tokens;
+  empty means each domain's natural share.
+  """
+
+  path: str = ""
+  mixture: tuple[tuple[str, float], ...] = ()
+  sequence_length: int = 2048
+  batch_rows: int = 512
+  row_format: RowFormat = RowFormat.PACK
+  on_end: DataEnd = DataEnd.REPEAT
+  window_tokens: int = 4_194_304
+  prefetch_batches: int = 2
+  read_threads: int = 0
+
+  def _validate(self) -> None:
+    _positive(self, "sequence_length", "batch_rows", "window_tokens", "prefetch_batches")
+    _not_negative(self, "read_threads")
+    for domain, share in self.mixture:
+      if not share > 0:
+        raise ValueError(f"mixture gives domain {domain!r} the share {share}: it must be positive")
+    names = [domain for domain, _ in self.mixture]
+    for name in names:
+      if names.count(name) > 1:
+        raise ValueError(f"mixture names domain {name!r} twice: give each domain one share")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(_Checked):
+  """Weights of the losses; `chunk_tokens` bounds how many rows of logits exist at once."""
+
+  aux: AuxLoss = AuxLoss.MUTUAL_INFORMATION
+  aux_weight: float = 0.01
+  z_weight: float = 0.0
+  statistics: Statistics = Statistics.RUNNING
+  chunk_tokens: int = 8192
+
+  def _validate(self) -> None:
+    _not_negative(self, "aux_weight", "z_weight")
+    _positive(self, "chunk_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(_Checked):
+  """AdamW with a warm-up and a schedule over `TrainConfig.steps`."""
+
+  learning_rate: float = 3e-4
+  schedule: Schedule = Schedule.COSINE
+  warmup_steps: int = 2000
+  decay_fraction: float = 0.2
+  final_fraction: float = 0.1
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  gradient_dtype: DType = DType.FLOAT32
+  first_moment_dtype: DType = DType.FLOAT32
+  second_moment_dtype: DType = DType.FLOAT32
+
+  def _validate(self) -> None:
+    _positive(self, "learning_rate", "eps", "clip_norm")
+    _not_negative(self, "warmup_steps", "weight_decay")
+    _fraction(self, "beta1", "beta2")
+    for name in ("decay_fraction", "final_fraction"):
+      value = getattr(self, name)
+      if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Checked):
+  """Length of the run and what one step does."""
+
+  steps: int = 100_000
+  microbatches: int = 1
+  remat: Remat = Remat.FULL
+  seed: int = 0
+  max_skipped_steps: int = 10
+  log_every: int = 10
+  tensorboard: bool = True
+
+  def _validate(self) -> None:
+    _positive(self, "steps", "microbatches", "max_skipped_steps", "log_every")
+    _not_negative(self, "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Checked):
+  """Held-out loss by domain, every `every` steps and at the end (0: at the end only).
+
+  `max_tokens` bounds the predicted tokens per domain while training (whole documents; 0: all); the last
+  evaluation always takes all. `sample_tokens` is the length of the continuation printed at the end.
+  """
+
+  every: int = 1000
+  max_tokens: int = 1_000_000
+  sample_tokens: int = 0
+
+  def _validate(self) -> None:
+    _not_negative(self, "every", "max_tokens", "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(_Checked):
+  """When checkpoints are written and which are kept (`keep_every` 0: only the last ones)."""
+
+  every: int = 1000
+  keep_last: int = 3
+  keep_every: int = 0
+  on_save_error: OnSaveError = OnSaveError.STOP
+
+  def _validate(self) -> None:
+    _positive(self, "every", "keep_last")
+    _not_negative(self, "keep_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig(_Checked):
+  """A JAX profiler trace of `num_steps` steps from `start_step` on (0 steps: no trace)."""
+
+  start_step: int = 10
+  num_steps: int = 0
+
+  def _validate(self) -> None:
+    _not_negative(self, "start_step", "num_steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(_Checked):
+  """Everything that defines a run."""
+
+  model: ModelConfig = ModelConfig()
+  mesh: MeshConfig = MeshConfig()
+  kernels: KernelConfig = KernelConfig()
+  data: DataConfig = DataConfig()
+  loss: LossConfig = LossConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  evaluate: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  profile: ProfileConfig = ProfileConfig()
+
+  def _validate(self) -> None:
+    rows, microbatches = self.data.batch_rows, self.train.microbatches
+    if rows % microbatches:
+      raise ValueError(
+        f"data.batch_rows={rows} is not divisible by train.microbatches={microbatches}: "
+        f"data.batch_rows={math.ceil(rows / microbatches) * microbatches} works"
+      )
+    if self.optimizer.warmup_steps > self.train.steps:
+      raise ValueError(
+        f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds train.steps="
+        f"{self.train.steps}: choose at most {self.train.steps}"
+      )
+
+  def to_dict(self) -> dict[str, Any]:
+    """Return a JSON-able nested dict; enums become their values."""
+    return _to_plain(self)
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    """Build a config from `to_dict`'s form; missing fields take their defaults.
+
+    Raises:
+      ValueError: an unknown field (with the nearest known one) or a value of the wrong type.
+    """
+    return _from_plain(cls, values, "")
+
+  def differences(self, other: Self) -> list[str]:
+    """Return one 'field: mine != theirs' line per leaf that differs."""
+    mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
+    return [f"{k}: {mine[k]!r} != {theirs[k]!r}" for k in mine if mine[k] != theirs[k]]

@@ -1,0 +1,362 @@
+"""Routed experts: feed-forward networks, and the projections of attention experts.
+
+Each operation is one custom gradient per layer, inside one shard_map: it gathers the weights over
+the axes that shard them, moves tokens to experts and back (`mfjax/dispatch.py`), and saves its
+inputs, the routing plan and (feed-forward) the first products. The backward pass replays the plan,
+never scatters, and writes each weight gradient once, summed over the gathered axes.
+
+    feed-forward   y_t = sum_{e in top k} p_te W_out[e] . gelu_tanh(W_in[e] x_t)
+    project_in     q_te = W[e] x_t                       project_out   y_t = sum_e p_te W[e] o_te
+
+The gradient of p needs no forward result: with u = dy_t W_out[e]^T it is <a, u>, a the activation.
+
+Shapes: T tokens of one device, K choices per token, S = T*K slots, R rows sorted by expert,
+E experts of one device, D d_model, F d_ff (or d_attention).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from mfjax import dispatch
+from mfjax.config import KernelConfig, MeshConfig, ModelConfig, Placement
+from mfjax.dispatch import Exchange, Plan
+from mfjax.layers import expert_matrix, parameter
+from mfjax.router import Router, RouterStatistics
+from mfjax.sharding import BATCH, WEIGHT_AXES, spec
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer
+
+SAVED_HIDDEN, SAVED_PLAN = "expert_hidden", "expert_plan"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLayout:
+  """Static facts of one kind of expert layer on one device."""
+
+  exchange: Exchange
+  top_k: int
+  gather_axes: tuple[str, ...]  # mesh axes over which d_model of the weights is gathered
+
+
+def expert_layout(
+  num_experts: int, top_k: int, placement: Placement, mesh: MeshConfig, kernels: KernelConfig
+) -> ExpertLayout:
+  """Return the layout for the mesh in context (`jax.set_mesh`)."""
+  num_peers = jax.sharding.get_abstract_mesh().shape["expert"]
+  crosses = placement is Placement.EXPERT and num_peers > 1
+  exchange = Exchange(
+    num_experts=num_experts,
+    implementation=kernels.grouped_matmul,
+    axis="expert" if crosses else None,
+    num_peers=num_peers if crosses else 1,
+    buffer=mesh.exchange_buffer,
+  )
+  axes = ("fsdp",) if placement is Placement.EXPERT else WEIGHT_AXES
+  return ExpertLayout(exchange, top_k, axes)
+
+
+def make_plan(layout: ExpertLayout, ids_TK: jax.Array) -> Plan:
+  """Plan the routes of a layer's slots, once; experts `num_experts` are nobody's."""
+  plan = dispatch.make_plan(ids_TK.reshape(-1), layout.exchange)
+  return jax.tree.map(lambda x: checkpoint_name(x, SAVED_PLAN), plan)
+
+
+class _Products:
+  """The grouped products of one round: rows in expert order, this device's experts."""
+
+  def __init__(self, plan: Plan, index: jax.Array, layout: ExpertLayout) -> None:
+    self.plan, self.exchange, self.top_k = plan, layout.exchange, layout.top_k
+    self.this = dispatch.make_round(plan, index, layout.exchange)
+    num_slots = plan.expert_ids.shape[0]
+    self.options: dict[str, Any] = {
+      "alignment": dispatch.alignment(num_slots, layout.exchange),
+      "implementation": layout.exchange.implementation,
+    }
+
+  def token_rows(self, x_TD: jax.Array) -> jax.Array:
+    return dispatch.to_experts(x_TD, self.plan, self.this, self.exchange, self.top_k)
+
+  def slot_rows(self, x_SF: jax.Array) -> jax.Array:
+    return dispatch.to_experts(x_SF, self.plan, self.this, self.exchange)
+
+  def slots(self, rows: jax.Array, so_far: jax.Array | None) -> jax.Array:
+    return dispatch.to_home(rows, self.plan, self.this, self.exchange, so_far)
+
+  def matmul(self, rows: jax.Array, weights: jax.Array, transpose: bool = False) -> jax.Array:
+    sizes = self.this.order.group_sizes
+    return grouped_matmul(rows, weights, sizes, transpose_rhs=transpose, **self.options)
+
+  def outer(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    return grouped_outer(a, b, self.this.order.group_sizes, **self.options)
+
+
+def _rounds(plan: Plan, first: Any, later: Callable[[jax.Array, Any], Any]) -> Any:
+  """Fold `later(index, carry)` over the rounds after the first, which gave `first`."""
+  if plan.local is not None:
+    return first
+  return jax.lax.fori_loop(1, plan.num_rounds, later, first)
+
+
+def _gather(weights: jax.Array, dim: int, layout: ExpertLayout, dtype: Any) -> jax.Array:
+  """Return [E, in, out] in the compute dtype, whole along d_model (dimension `dim`)."""
+  weights = weights.astype(dtype)
+  return jax.lax.all_gather(weights, layout.gather_axes, axis=dim, tiled=True)
+
+
+def _scatter(gradient: jax.Array, dim: int, layout: ExpertLayout) -> jax.Array:
+  """Return this device's part of a weight gradient, summed over the gathered axes."""
+  return jax.lax.psum_scatter(gradient, layout.gather_axes, scatter_dimension=dim, tiled=True)
+
+
+def _activation(hidden: jax.Array) -> jax.Array:
+  return jax.nn.gelu(hidden, approximate=True)
+
+
+def _weighted_sum(y_SD: jax.Array, p_TK: jax.Array, dtype: Any) -> jax.Array:
+  y_TKD = y_SD.reshape(*p_TK.shape, -1)
+  return jnp.einsum("tkd,tk->td", y_TKD, p_TK, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _sum_choices(dx_SD: jax.Array, top_k: int, dtype: Any) -> jax.Array:
+  dx_TKD = dx_SD.reshape(-1, top_k, dx_SD.shape[-1])
+  return dx_TKD.sum(1, dtype=jnp.float32).astype(dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum("rf,rf->r", a, b, preferred_element_type=jnp.float32)
+
+
+# Feed-forward experts -----------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def feed_forward(
+  layout: ExpertLayout,
+  x_TD: jax.Array,
+  p_TK: jax.Array,
+  w_in: jax.Array,
+  w_out: jax.Array,
+  plan: Plan,
+) -> jax.Array:
+  """Return [T, D] in x's dtype.
+
+  Args:
+    layout: static.
+    x_TD: tokens of this device. p_TK: float32 combine weights.
+    w_in, w_out: float32 [E, D / gathered, F], [E, F, D / gathered]: this device's shards.
+    plan: where the tokens go.
+  """
+  return _feed_forward(layout, x_TD, p_TK, w_in, w_out, plan)[0]
+
+
+def _feed_forward(
+  layout: ExpertLayout,
+  x_TD: jax.Array,
+  p_TK: jax.Array,
+  w_in: jax.Array,
+  w_out: jax.Array,
+  plan: Plan,
+) -> tuple[jax.Array, Any]:
+  dtype = x_TD.dtype
+  w_in_full = _gather(w_in, 1, layout, dtype)
+  w_out_full = _gather(w_out, 2, layout, dtype)
+
+  def run(index: jax.Array, y_SD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    products = _Products(plan, index, layout)
+    hidden = products.matmul(products.token_rows(x_TD), w_in_full)
+    hidden = checkpoint_name(hidden, SAVED_HIDDEN)
+    y_rows = products.matmul(_activation(hidden), w_out_full)
+    return products.slots(y_rows, y_SD), hidden
+
+  y_SD, hidden = run(jnp.int32(0), None)
+  y_SD = _rounds(plan, y_SD, lambda index, y_SD: run(index, y_SD)[0])
+  # Later rounds happen only under skew: their hidden rows are computed again, memory stays flat.
+  return _weighted_sum(y_SD, p_TK, dtype), (x_TD, p_TK, w_in, w_out, plan, hidden)
+
+
+def _feed_forward_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -> Any:
+  x_TD, p_TK, w_in, w_out, plan, hidden = saved
+  dtype = x_TD.dtype
+  w_in_full = _gather(w_in, 1, layout, dtype)
+  w_out_full = _gather(w_out, 2, layout, dtype)
+
+  def run(index: jax.Array, hidden: jax.Array | None, sums: Any) -> Any:
+    dx_SD, dp_S, dw_in, dw_out = sums or (None, None, None, None)
+    products = _Products(plan, index, layout)
+    x_rows = products.token_rows(x_TD)
+    if hidden is None:
+      hidden = products.matmul(x_rows, w_in_full)
+    activation, d_activation = jax.vjp(_activation, hidden)
+    dy_rows = products.token_rows(dy_TD)
+    p_rows = products.slot_rows(p_TK.reshape(-1))
+    u_rows = products.matmul(dy_rows, w_out_full, transpose=True)
+    dp_S = products.slots(_dot(activation, u_rows), dp_S)
+    (d_hidden,) = d_activation((u_rows * p_rows[:, None]).astype(dtype))
+    weighted = (activation * p_rows[:, None]).astype(dtype)
+    dw_out = _add(dw_out, products.outer(weighted, dy_rows))
+    dw_in = _add(dw_in, products.outer(x_rows, d_hidden))
+    dx_SD = products.slots(products.matmul(d_hidden, w_in_full, transpose=True), dx_SD)
+    return dx_SD, dp_S, dw_in, dw_out
+
+  sums = run(jnp.int32(0), hidden, None)
+  dx_SD, dp_S, dw_in, dw_out = _rounds(plan, sums, lambda i, sums: run(i, None, sums))
+  dx_TD = _sum_choices(dx_SD, layout.top_k, dtype)
+  dw_in, dw_out = _scatter(dw_in, 1, layout), _scatter(dw_out, 2, layout)
+  return dx_TD, dp_S.reshape(p_TK.shape), dw_in, dw_out, None
+
+
+def _add(total: jax.Array | None, x: jax.Array) -> jax.Array:
+  return x if total is None else total + x
+
+
+feed_forward.defvjp(_feed_forward, _feed_forward_backward)
+
+
+# Projections of attention experts -----------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project_in(
+  layout: ExpertLayout, x_TD: jax.Array, w: jax.Array, plan: Plan
+) -> jax.Array:
+  """Return [S, F]: each token through the matrix [E, D / gathered, F] of each of its experts."""
+  return _project_in(layout, x_TD, w, plan)[0]
+
+
+def _project_in(
+  layout: ExpertLayout, x_TD: jax.Array, w: jax.Array, plan: Plan
+) -> tuple[jax.Array, Any]:
+  w_full = _gather(w, 1, layout, x_TD.dtype)
+
+  def run(index: jax.Array, q_SF: jax.Array | None) -> jax.Array:
+    products = _Products(plan, index, layout)
+    return products.slots(products.matmul(products.token_rows(x_TD), w_full), q_SF)
+
+  return _rounds(plan, run(jnp.int32(0), None), run), (x_TD, w, plan)
+
+
+def _project_in_backward(layout: ExpertLayout, saved: Any, dq_SF: jax.Array) -> Any:
+  x_TD, w, plan = saved
+  w_full = _gather(w, 1, layout, x_TD.dtype)
+
+  def run(index: jax.Array, sums: Any) -> Any:
+    dx_SD, dw = sums or (None, None)
+    products = _Products(plan, index, layout)
+    dq_rows = products.slot_rows(dq_SF)
+    dw = _add(dw, products.outer(products.token_rows(x_TD), dq_rows))
+    return products.slots(products.matmul(dq_rows, w_full, transpose=True), dx_SD), dw
+
+  dx_SD, dw = _rounds(plan, run(jnp.int32(0), None), run)
+  return _sum_choices(dx_SD, layout.top_k, x_TD.dtype), _scatter(dw, 1, layout), None
+
+
+project_in.defvjp(_project_in, _project_in_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project_out(
+  layout: ExpertLayout, o_SF: jax.Array, p_TK: jax.Array, w: jax.Array, plan: Plan
+) -> jax.Array:
+  """Return [T, D]: the weighted sum over a token's slots of o times [E, F, D / gathered]."""
+  return _project_out(layout, o_SF, p_TK, w, plan)[0]
+
+
+def _project_out(
+  layout: ExpertLayout, o_SF: jax.Array, p_TK: jax.Array, w: jax.Array, plan: Plan
+) -> tuple[jax.Array, Any]:
+  w_full = _gather(w, 2, layout, o_SF.dtype)
+
+  def run(index: jax.Array, y_SD: jax.Array | None) -> jax.Array:
+    products = _Products(plan, index, layout)
+    return products.slots(products.matmul(products.slot_rows(o_SF), w_full), y_SD)
+
+  y_SD = _rounds(plan, run(jnp.int32(0), None), run)
+  return _weighted_sum(y_SD, p_TK, o_SF.dtype), (o_SF, p_TK, w, plan)
+
+
+def _project_out_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -> Any:
+  o_SF, p_TK, w, plan = saved
+  dtype = o_SF.dtype
+  w_full = _gather(w, 2, layout, dtype)
+  weighted_SF = (o_SF * p_TK.reshape(-1, 1)).astype(dtype)
+
+  def run(index: jax.Array, sums: Any) -> Any:
+    u_SF, dw = sums or (None, None)
+    products = _Products(plan, index, layout)
+    dy_rows = products.token_rows(dy_TD)
+    dw = _add(dw, products.outer(products.slot_rows(weighted_SF), dy_rows))
+    return products.slots(products.matmul(dy_rows, w_full, transpose=True), u_SF), dw
+
+  u_SF, dw = _rounds(plan, run(jnp.int32(0), None), run)
+  dp_TK = _dot(o_SF, u_SF).reshape(p_TK.shape)
+  do_SF = (u_SF * p_TK.reshape(-1, 1)).astype(dtype)
+  return do_SF, dp_TK, _scatter(dw, 2, layout), None
+
+
+project_out.defvjp(_project_out, _project_out_backward)
+
+
+# Banks and modules --------------------------------------------------------------------------------
+
+
+def join_banks(banks: Any) -> dict[str, jax.Array]:
+  """Return {'w_in': [E, D, F], 'w_out': [E, F, D]}: the banks of a layer joined along experts."""
+  names = sorted(banks)
+  if len(names) == 1:
+    return {name: banks[names[0]][name][...] for name in ("w_in", "w_out")}
+  return {
+    w: jnp.concatenate([banks[name][w][...] for name in names]) for w in ("w_in", "w_out")
+  }
+
+
+def bank_specs(banks: Any, mesh: MeshConfig) -> dict[str, P]:
+  """Return the partition of `join_banks`' result: how shard_map receives the weights."""
+  bank = banks[sorted(banks)[0]]
+  return {name: spec(bank[name].axes, mesh) for name in ("w_in", "w_out")}
+
+
+class FeedForwardExperts(nnx.Module):
+  """Routed feed-forward networks."""
+
+  def __init__(
+    self, config: ModelConfig, mesh: MeshConfig, kernels: KernelConfig, rngs: nnx.Rngs
+  ) -> None:
+    self.mesh, self.kernels = mesh, kernels
+    num, d_model, d_ff = config.num_ff_experts, config.d_model, config.d_ff
+    self.router = Router(num, config.ff_top_k, config, rngs)
+    w_in = expert_matrix(rngs, (num, d_model, d_ff), config)
+    w_out = expert_matrix(rngs, (num, d_ff, d_model), config)
+    in_axes, out_axes = ("ff_experts", "ff_d_model", None), ("ff_experts", None, "ff_d_model")
+    bank = nnx.Dict(w_in=parameter(w_in, in_axes), w_out=parameter(w_out, out_axes))
+    self.experts = nnx.Dict(bank_0=bank)
+
+  def __call__(
+    self, x_BTD: jax.Array, is_token_BT: jax.Array, key: jax.Array | None
+  ) -> tuple[jax.Array, RouterStatistics]:
+    """Return [B, T, D] (zero for padding) and the router's sums; x is the normalised input."""
+    routing, statistics = self.router(x_BTD, is_token_BT, key)
+    layout = expert_layout(
+      self.router.num_experts, self.router.top_k, self.mesh.ff_placement, self.mesh, self.kernels
+    )
+
+    def local(
+      x_BTD: jax.Array, ids_BTK: jax.Array, p_BTK: jax.Array, weights: dict[str, jax.Array]
+    ) -> jax.Array:
+      x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+      plan = make_plan(layout, ids_BTK.reshape(-1, layout.top_k))
+      p_TK = p_BTK.reshape(-1, layout.top_k)
+      y_TD = feed_forward(layout, x_TD, p_TK, weights["w_in"], weights["w_out"], plan)
+      return y_TD.reshape(x_BTD.shape)
+
+    specs = bank_specs(self.experts, self.mesh)
+    apply = jax.shard_map(
+      local, in_specs=(BATCH, BATCH, BATCH, specs), out_specs=BATCH, check_vma=False
+    )
+    return apply(x_BTD, *routing, join_banks(self.experts)), statistics

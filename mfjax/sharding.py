@@ -1,0 +1,114 @@
+"""The device mesh, the rules from logical axes to mesh axes, and how weights are gathered.
+
+Three mesh axes always exist: `data`, `fsdp`, `expert` (size 1 when unused). Batches are sharded over
+all three. What is not expert-parallel shards its d_model over (fsdp, expert) jointly; vectors and
+the routers' last matrices are replicated.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mfjax.config import DataConfig, MeshConfig, ModelConfig, Placement
+
+AXES = ("data", "fsdp", "expert")
+WEIGHT_AXES = ("fsdp", "expert")
+BATCH = P(AXES)
+
+Axes = tuple[str | None, ...]
+
+
+def resolve_axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+  """Return the size of each mesh axis for this number of devices.
+
+  Raises:
+    ValueError: the axes do not multiply to the number of devices; names a size that works.
+  """
+  sizes = config.axis_sizes
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if free and num_devices % fixed == 0:
+    return sizes | {free[0]: num_devices // fixed}
+  if fixed == num_devices and not free:
+    return sizes
+  given = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+  works = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+  raise ValueError(
+    f"mesh {given} does not fit {num_devices} devices: set one axis to -1 and choose the others "
+    f"among the divisors {works}"
+  )
+
+
+def check_divisible(
+  model: ModelConfig, mesh: MeshConfig, data: DataConfig, microbatches: int, sizes: Mapping[str, int]
+) -> None:
+  """Raise ValueError, naming the axis and a size that works, unless every sharded size divides."""
+  batch_shards = math.prod(sizes.values()) * microbatches
+  if data.batch_rows % batch_shards:
+    raise ValueError(
+      f"data.batch_rows={data.batch_rows} is not divisible by data*fsdp*expert*microbatches="
+      f"{batch_shards}: data.batch_rows={_next_multiple(data.batch_rows, batch_shards)} works"
+    )
+  checks = [("model.d_model", model.d_model, WEIGHT_AXES)]
+  for kind, placement, count in (
+    ("attention", mesh.attention_placement, model.num_attention_experts),
+    ("ff", mesh.ff_placement, model.num_ff_experts),
+  ):
+    if placement is Placement.EXPERT:
+      checks.append((f"model.num_{kind}_experts", count, ("expert",)))
+  for name, value, axes in checks:
+    size = math.prod(sizes[axis] for axis in axes)
+    if value % size:
+      what = "*".join(axes)
+      raise ValueError(
+        f"{name}={value} is not divisible by the mesh's {what}={size}: {name}="
+        f"{_next_multiple(value, size)} works, or mesh {what}={math.gcd(value, size)}"
+      )
+
+
+def _next_multiple(value: int, of: int) -> int:
+  return -(-value // of) * of
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+  """Return the mesh of these devices, with explicit axes: a wrong sharding fails at trace time."""
+  sizes = resolve_axis_sizes(config, len(devices))
+  shape = tuple(sizes[axis] for axis in AXES)
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def compiler_mesh(mesh: Mesh) -> Mesh:
+  """Return the same mesh with automatic axes: the compiler chooses inside (initialisation)."""
+  return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def spec(axes: Axes, config: MeshConfig) -> P:
+  """Return the partition of a parameter with these logical axes."""
+  rules: dict[str | None, str | tuple[str, ...] | None] = {"d_model": WEIGHT_AXES}
+  for kind, placement in (("attention", config.attention_placement), ("ff", config.ff_placement)):
+    exchanged = placement is Placement.EXPERT
+    rules[f"{kind}_experts"] = "expert" if exchanged else None
+    rules[f"{kind}_d_model"] = "fsdp" if exchanged else WEIGHT_AXES
+  return P(*(rules.get(axis) for axis in axes))
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+  """Return the tree of NamedShardings for a tree of PartitionSpecs."""
+  return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def gathered(weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Return a weight in the compute dtype, whole on every device (cast first: half the bytes)."""
+  weight = weight.astype(dtype)
+  return jax.sharding.reshard(weight, P(*(None,) * weight.ndim))
+
+
+def device_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Put this process's rows of a global batch [rows, T] on its devices, sharded by row."""
+  sharding = NamedSharding(mesh, BATCH)
+  return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}

@@ -1,0 +1,1 @@
+"""Operations of a ModuleFormer that have kernels of their own."""

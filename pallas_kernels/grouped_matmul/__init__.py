@@ -1,0 +1,11 @@
+"""Matrix product of rows sorted by group with one matrix per group."""
+
+from pallas_kernels.grouped_matmul.api import (
+  group_starts,
+  grouped_matmul,
+  grouped_outer,
+  resolve,
+  row_alignment,
+)
+
+__all__ = ["group_starts", "grouped_matmul", "grouped_outer", "resolve", "row_alignment"]

@@ -1,0 +1,66 @@
+"""Portable grouped matmul: loops over groups and their row tiles at the cost of the active FLOPs.
+
+A group's rows start at a multiple of the tile, so that a tile never holds rows of two groups and a
+group's matrix is read once. Trip counts are data: only tiles that hold rows are computed.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def matmul(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  starts: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  tile: int,
+  transpose_rhs: bool,
+  out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+  """Return [m, n]: lhs [m, k] times rhs [g, k, n] (or [g, n, k], transposed) of the row's group.
+
+  `starts` [g] are multiples of `tile`, and so is m. Unused rows of the result are unspecified.
+  """
+  m = lhs.shape[0]
+  g, n = rhs.shape[0], rhs.shape[1] if transpose_rhs else rhs.shape[2]
+  contract = (((1,), (1,)), ((), ())) if transpose_rhs else (((1,), (0,)), ((), ()))
+
+  def group(e: jax.Array, out: jax.Array) -> jax.Array:
+    weights = jax.lax.dynamic_index_in_dim(rhs, e, keepdims=False)
+
+    def one_tile(j: jax.Array, out: jax.Array) -> jax.Array:
+      row = starts[e] + j * tile
+      rows = jax.lax.dynamic_slice_in_dim(lhs, row, tile)
+      product = jax.lax.dot_general(rows, weights, contract, preferred_element_type=jnp.float32)
+      return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out_dtype), row, 0)
+
+    return jax.lax.fori_loop(0, _ceil_div(group_sizes[e], tile), one_tile, out)
+
+  return jax.lax.fori_loop(0, g, group, jnp.zeros((m, n), out_dtype))
+
+
+def outer(
+  lhs: jax.Array, rhs: jax.Array, starts: jax.Array, group_sizes: jax.Array, *, tile: int
+) -> jax.Array:
+  """Return float32 [g, k, n]: per group the sum over its rows of lhs [m, k]^T times rhs [m, n]."""
+  g, k, n = group_sizes.shape[0], lhs.shape[1], rhs.shape[1]
+
+  def group(e: jax.Array, out: jax.Array) -> jax.Array:
+    def one_tile(j: jax.Array, total: jax.Array) -> jax.Array:
+      row = starts[e] + j * tile
+      used = (jnp.arange(tile) < group_sizes[e] - j * tile)[:, None]
+      a = jnp.where(used, jax.lax.dynamic_slice_in_dim(lhs, row, tile), 0)
+      b = jnp.where(used, jax.lax.dynamic_slice_in_dim(rhs, row, tile), 0)
+      contract = (((0,), (0,)), ((), ()))
+      return total + jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+    zero = jnp.zeros((k, n), jnp.float32)
+    total = jax.lax.fori_loop(0, _ceil_div(group_sizes[e], tile), one_tile, zero)
+    return jax.lax.dynamic_update_index_in_dim(out, total, e, 0)
+
+  return jax.lax.fori_loop(0, g, group, jnp.zeros((g, k, n), jnp.float32))
+
+
+def _ceil_div(a: jax.Array, b: int) -> jax.Array:
+  return (a + b - 1) // b

@@ -1,0 +1,5 @@
+"""Stick-breaking attention (arXiv 2410.17980), the current token included, the remainder dropped."""
+
+from pallas_kernels.stick_breaking.api import resolve, stick_breaking_attention
+
+__all__ = ["resolve", "stick_breaking_attention"]

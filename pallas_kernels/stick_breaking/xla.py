@@ -1,0 +1,93 @@
+"""Portable stick-breaking attention: blocks of queries, keys right of the diagonal never read.
+
+Only q, k, v are kept for the backward pass, which recomputes a block's weights. Per block
+    log A_ij = log beta_ij + sum_{j<l<=i} log(1 - beta_il),      beta = sigmoid(scale q.k)
+    d loss / d logit_im = g_im - beta_im * sum_{j<=m} g_ij,      g = A * (dO . V^T)
+in float32. Deterministic: every sum has one order.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_NUM_BLOCKS = 8  # Bounds the program; an eighth of the causal square is computed in vain.
+_MIN_BLOCK = 64
+
+Segments = tuple[jax.Array, jax.Array]
+
+
+def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
+  """Return (first query, past-the-last query, number of keys that they may see)."""
+  size = max(_MIN_BLOCK, -(-num_queries // _NUM_BLOCKS))
+  history = num_keys - num_queries
+  edges = [*range(0, num_queries, size), num_queries]
+  return [(a, b, history + b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _weights(
+  q: jax.Array, k: jax.Array, segments: Segments, first: int, scale: float
+) -> tuple[jax.Array, jax.Array]:
+  """Return the weights A and beta, float32 [b, s, h, q, t], of queries that start at key `first`."""
+  q_segments, k_segments = segments
+  causal = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(q.shape[1])[:, None]
+  same = q_segments[:, :, None] == k_segments[:, None, :]
+  allowed = (causal & same & (k_segments > 0)[:, None, :])[:, None, None]
+  logits = scale * jnp.einsum("bqshd,bthd->bshqt", q, k, preferred_element_type=jnp.float32)
+  log_beta = jax.nn.log_sigmoid(logits)
+  log_keep = jnp.where(allowed, log_beta - logits, 0)
+  after = jax.lax.cumsum(log_keep, axis=4, reverse=True) - log_keep
+  weights = jnp.where(allowed, jnp.exp(log_beta + after), 0)
+  return weights, jnp.where(allowed, jnp.exp(log_beta), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, scale: float
+) -> jax.Array:
+  """Return [b, q, s, h, d] in q's dtype.
+
+  Args:
+    q: [b, q, s, h, d], s query slots sharing the keys; the last query sits at the last key.
+    k, v: [b, t, h, d] with t >= q.
+    segments: int32 [b, q] of the queries and [b, t] of the keys; 0 is padding.
+    scale: factor of q . k.
+  """
+  q_segments, k_segments = segments
+  outputs = []
+  for a, b, t in _blocks(q.shape[1], k.shape[1]):
+    block = (q_segments[:, a:b], k_segments[:, :t])
+    weights, _ = _weights(q[:, a:b], k[:, :t], block, t - (b - a), scale)
+    out = jnp.einsum(
+      "bshqt,bthd->bqshd", weights.astype(v.dtype), v[:, :t], preferred_element_type=jnp.float32
+    )
+    outputs.append(out.astype(q.dtype))
+  return jnp.concatenate(outputs, axis=1)
+
+
+def _forward(
+  q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, scale: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, Segments]]:
+  return attention(q, k, v, segments, scale), (q, k, v, segments)
+
+
+def _backward(
+  scale: float, saved: tuple[jax.Array, jax.Array, jax.Array, Segments], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+  q, k, v, (q_segments, k_segments) = saved
+  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  dq = []
+  dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  for a, b, t in _blocks(q.shape[1], k.shape[1]):
+    block = (q_segments[:, a:b], k_segments[:, :t])
+    weights, beta = _weights(q[:, a:b], k[:, :t], block, t - (b - a), scale)
+    d_block = d_out[:, a:b]
+    g = weights * einsum("bqshd,bthd->bshqt", d_block, v[:, :t])
+    d_logits = (scale * (g - beta * jax.lax.cumsum(g, axis=4))).astype(q.dtype)
+    dq.append(einsum("bshqt,bthd->bqshd", d_logits, k[:, :t]).astype(q.dtype))
+    dk = dk.at[:, :t].add(einsum("bshqt,bqshd->bthd", d_logits, q[:, a:b]))
+    dv = dv.at[:, :t].add(einsum("bshqt,bqshd->bthd", weights.astype(v.dtype), d_block))
+  return jnp.concatenate(dq, axis=1), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+attention.defvjp(_forward, _backward)
