@@ -1,0 +1,426 @@
+"""Checkpoints of a run: asynchronous, sharded, verified; and the workdir that holds them.
+
+  WORKDIR/config.json                    the run's configuration
+  WORKDIR/checkpoints/STEP/params        parameters (readable alone)
+  WORKDIR/checkpoints/STEP/optimizer     optimizer state
+  WORKDIR/checkpoints/STEP/run/run.json  step, data state, RNG, configuration, versions
+  WORKDIR/checkpoints/STEP/digests.json  written last: the step is complete and can be verified
+
+Orbax writes a step under a temporary name and renames it; then the digests are written, and only
+then are older steps deleted. So whatever the moment of a crash, a step with digests was complete,
+and the newest one whose files match them is the one to resume from.
+
+Orbax's `AsyncCheckpointer` writes one directory; which steps exist, count and go is decided here,
+because its `CheckpointManager` knows no digests: it would call a corrupt step the latest, count it
+among the kept and refuse to write it again. Its v1 API is still `experimental` and being renamed.
+"""
+
+import concurrent.futures
+import dataclasses
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mfjax import digests, workdir
+from mfjax.config import CheckpointConfig, RunConfig
+
+_LOG = logging.getLogger(__name__)
+
+_ARRAY_ITEMS = ("params", "optimizer")
+_RUN_ITEM = "run"
+_RUN_FILE = "run.json"
+_STACKED = "blocks"  # The sub-tree whose leaves lead with the layers dimension.
+_CHUNK_BYTES = 32 * 2**20
+_PARTIAL = ocp.utils.TMP_DIR_SUFFIX
+_REPLACED = ".replaced"
+
+
+class CheckpointSaveError(Exception):
+  """A step could not be saved; earlier steps are as they were."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+  """A step read back: `state` has the structure and shardings of the abstract tree."""
+
+  step: int
+  state: Any
+  data_state: dict[str, Any]
+
+
+class Checkpointer:
+  """Writes and reads the steps of one workdir.
+
+  Every process of a run calls every method at the same step; process 0 alone writes digests and
+  JSON, deletes, and decides which step is good. Methods are called from one thread.
+  """
+
+  def __init__(
+    self, directory: epath.PathLike, checkpoint_config: CheckpointConfig, run_config: RunConfig
+  ) -> None:
+    self._directory = workdir.absolute(directory) / "checkpoints"
+    self._config = checkpoint_config
+    self._run_config = run_config
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(handler_registry=_handlers())
+    )
+    self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._pending: concurrent.futures.Future[int] | None = None
+    self._newest: int | None = None  # The step that this run last restored or saved.
+    self.blocked_seconds = 0.0  # How long the last `save` kept its caller.
+
+  def latest_steps(self) -> list[int]:
+    """Return the steps on disk, newest first, good or not."""
+    if not self._directory.exists():
+      return []
+    names = [path.name for path in self._directory.iterdir() if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+  def save(
+    self, step: int, state: Mapping[str, Any], data_state: dict[str, Any], *, force: bool = False
+  ) -> bool:
+    """Copy `state` to the host and write it in the background; return whether a save began.
+
+    Nothing is saved if `step` is not due by the configuration and not forced, or is the step last
+    saved or restored. `state` holds `params`, `optimizer` and scalars; its buffers may be donated
+    as soon as this returns. A previous save that is still running is waited for.
+
+    Raises:
+      CheckpointSaveError: this save could not begin, or the previous one failed (then this one was
+        not begun; call again).
+    """
+    if not force and step % self._config.every:
+      return False
+    begin = time.perf_counter()
+    self.wait()
+    if step == self._newest:
+      return False
+    arrays = {name: state[name] for name in _ARRAY_ITEMS}
+    scalars = {k: jax.device_get(v).item() for k, v in state.items() if k not in _ARRAY_ITEMS}
+    items: dict[str, Any] = {
+      name: ocp.args.PyTreeSave(tree, save_args=_storage(tree)) for name, tree in arrays.items()
+    }
+    items[_RUN_ITEM] = ocp.args.JsonSave(
+      _run_record(self._run_config, step, arrays, scalars, data_state)
+    )
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    try:
+      if jax.process_index() == 0:  # Orbax's barrier at the start of a save orders the others.
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._delete_partial()
+        self._check_space(num_bytes)
+        self._set_aside(step)
+      self._orbax.save(self._path(step), args=ocp.args.Composite(**items))
+    except Exception as error:
+      raise self._save_error(step, num_bytes, error) from error
+    self._pending = self._background.submit(self._finish, step, num_bytes)
+    self.blocked_seconds = time.perf_counter() - begin
+    return True
+
+  def check(self) -> None:
+    """Raise the error of a save that has failed in the background; never waits."""
+    if self._pending is not None and self._pending.done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Wait until the save under way is committed and its digests are written.
+
+    Raises:
+      CheckpointSaveError: the save failed, for instance on a full disk.
+    """
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      self._newest = pending.result()
+
+  def close(self) -> None:
+    """Wait as `wait` does, then release all threads."""
+    try:
+      self.wait()
+    finally:
+      self._background.shutdown()
+      self._orbax.close()
+
+  def restore(self, abstract_state: Mapping[str, Any], step: int | None = None) -> Restored | None:
+    """Read the newest good step, or `step`, onto the shardings of `abstract_state`.
+
+    Args:
+      abstract_state: the saved tree of `jax.ShapeDtypeStruct` with shardings, of any mesh.
+      step: a step to read instead of the newest good one; later ones are replaced by later saves.
+
+    Returns:
+      None if no step was ever completed.
+
+    Raises:
+      ValueError: steps exist but none is usable, or the good one does not fit `abstract_state`.
+    """
+    found = self._read({name: abstract_state[name] for name in _ARRAY_ITEMS}, step)
+    if found is None:
+      return None
+    trees, run = found
+    scalars = {
+      name: _place(run["state"][name], abstract)
+      for name, abstract in abstract_state.items()
+      if name not in _ARRAY_ITEMS
+    }
+    self._newest = run["step"]
+    return Restored(step=run["step"], state=trees | scalars, data_state=run["data_state"])
+
+  def restore_params(self, abstract_params: Any, step: int | None = None) -> Restored | None:
+    """Read parameters alone, as `restore` does: `state` is then the tree of parameters."""
+    found = self._read({"params": abstract_params}, step)
+    if found is None:
+      return None
+    trees, run = found
+    return Restored(step=run["step"], state=trees["params"], data_state=run["data_state"])
+
+  def _path(self, step: int) -> epath.Path:
+    return self._directory / str(step)
+
+  def _finish(self, step: int, num_bytes: int) -> int:
+    """Commit `step`, write its digests, delete what is due; runs in the background."""
+    try:
+      self._orbax.wait_until_finished()
+      if jax.process_index() == 0:
+        digests.write(self._path(step))
+    except Exception as error:
+      if jax.process_index() == 0:
+        _remove(self._path(step))
+      raise self._save_error(step, num_bytes, error) from error
+    if jax.process_index() == 0:
+      self._delete_old(step)
+    return step
+
+  def _save_error(self, step: int, num_bytes: int, error: Exception) -> CheckpointSaveError:
+    """Remove what a failed save left unfinished and return what to tell the user."""
+    if jax.process_index() == 0:
+      self._delete_partial()
+    free = self._free_bytes()
+    free_text = "" if free is None else f", {free:,} are free"
+    return CheckpointSaveError(
+      f"step {step} could not be saved in {self._directory}: {_reason(error)} (it takes about "
+      f"{num_bytes:,} bytes{free_text}); earlier checkpoints are intact"
+    )
+
+  def _delete_partial(self) -> None:
+    for path in self._directory.glob(f"*{_PARTIAL}"):
+      _remove(path)
+
+  def _check_space(self, num_bytes: int) -> None:
+    """Raise what a full disk would, before Orbax's many threads run into it one by one."""
+    free = self._free_bytes()
+    if jax.process_count() == 1 and free is not None and free < num_bytes:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def _free_bytes(self) -> int | None:
+    local = "://" not in str(self._directory) and self._directory.exists()
+    return shutil.disk_usage(self._directory).free if local else None
+
+  def _set_aside(self, step: int) -> None:
+    """Rename what bars `step`, and steps after the one this run goes on from."""
+    for other in self.latest_steps():
+      if other == step or (self._newest is not None and other > self._newest):
+        aside = self._directory / f"{other}{_REPLACED}"
+        _remove(aside)
+        self._path(other).rename(aside)
+        _LOG.warning("%s is not of this run's line: moved to %s", self._path(other), aside.name)
+
+  def _delete_old(self, newest: int) -> None:
+    """Apply the keep rules to `newest`, just verified, and all before it."""
+    steps = [step for step in self.latest_steps() if step <= newest]
+    verified = [step for step in steps if digests.exist(self._path(step))]
+    keep_every = self._config.keep_every
+    kept = {step for step in verified if keep_every and step % keep_every == 0}
+    kept.update(verified[: self._config.keep_last])
+    for step in steps:
+      if step not in kept:
+        _remove(self._path(step))
+    for path in self._directory.glob(f"*{_REPLACED}"):
+      _remove(path)
+
+  def _read(
+    self, abstract: Mapping[str, Any], step: int | None
+  ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the trees named in `abstract` and the run record of the newest good step."""
+    self.wait()
+    for path in self._directory.glob(f"*{_PARTIAL}"):
+      _LOG.warning("%s was never completed: passed over", path)
+    if step is None and not self.latest_steps():
+      return None
+    rejected: list[str] = []
+    for candidate, verified in _agree(self._candidates(abstract, step, rejected)):
+      try:
+        return self._read_step(candidate, abstract)
+      except (ValueError, TypeError, KeyError, OSError) as error:
+        problem = f"step {candidate} in {self._directory} cannot be read: {_reason(error)}"
+        if verified:  # The files are as they were written, so the run is another one.
+          raise ValueError(problem) from error
+        rejected.append(problem)
+        _LOG.warning("%s: passed over", rejected[-1])
+    wanted = "" if step is None else f" as step {step}"
+    problems = "; ".join(rejected) or f"there are {self.latest_steps()}"
+    raise ValueError(
+      f"no checkpoint in {self._directory} is usable{wanted}: {problems}: "
+      "bring back a copy of one, or begin in another workdir"
+    )
+
+  def _candidates(
+    self, items: Iterable[str], only: int | None, rejected: list[str]
+  ) -> Iterator[tuple[int, bool]]:
+    """Yield (step, whether it is verified), best first; append what is wrong with the others."""
+    unverified = []
+    for step in self.latest_steps():
+      path = self._path(step)
+      if only not in (None, step):
+        continue
+      if not digests.exist(path):
+        unverified.append(step)
+        _LOG.warning("step %d in %s is unverified: it has no digests", step, self._directory)
+      elif problems := digests.find_problems(path, (*items, _RUN_ITEM)):
+        named = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" * (len(problems) > 3))
+        rejected.append(f"step {step} in {self._directory} is corrupt: {named}")
+        _LOG.warning("%s: passed over", rejected[-1])
+      else:
+        yield step, True
+    for step in unverified:
+      _LOG.warning("no verified step is left: trying step %d, which nothing verifies", step)
+      yield step, False
+
+  def _read_step(
+    self, step: int, abstract: Mapping[str, Any]
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
+    run = json.loads((self._path(step) / _RUN_ITEM / _RUN_FILE).read_text())
+    for name, tree in abstract.items():
+      _check_layout(name, run["layout"][name], _layout(tree))
+    items = {
+      name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+      for name, tree in abstract.items()
+    }
+    read = self._orbax.restore(self._path(step), args=ocp.args.Composite(**items))
+    then, now = run["versions"], workdir.versions()
+    changed = [f"{k} {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]]
+    if changed:
+      _LOG.info("step %d was saved by other versions: %s", step, ", ".join(changed))
+    return {name: read[name] for name in abstract}, run
+
+
+def _handlers() -> ocp.CheckpointHandlerRegistry:
+  """Return who writes and reads each item of a step."""
+  # Replicas share the writing by slicing on their devices, one compilation per shape and device
+  # (2 s for three small arrays on eight devices): worth it for large arrays, on several hosts.
+  arrays = ocp.type_handlers.ArrayHandler(
+    use_replica_parallel=jax.process_count() > 1,
+    min_slice_bytes_for_replica_parallel=_CHUNK_BYTES // 2,
+  )
+  types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  for name in _ARRAY_ITEMS:
+    # Trained weights do not compress; trying takes longer than writing them.
+    handler = ocp.PyTreeCheckpointHandler(
+      use_zarr3=True, use_compression=False, type_handler_registry=types
+    )
+    registry.add(name, ocp.args.PyTreeSave, handler)
+    registry.add(name, ocp.args.PyTreeRestore, handler)
+  handler = ocp.JsonCheckpointHandler(_RUN_FILE)
+  registry.add(_RUN_ITEM, ocp.args.JsonSave, handler)
+  registry.add(_RUN_ITEM, ocp.args.JsonRestore, handler)
+  return registry
+
+
+def _storage(tree: Any) -> Any:
+  """Return how to chunk each leaf: at most 32 MiB, and never two layers in one chunk.
+
+  Orbax's default is one chunk per device and array, so that reading one layer reads them all.
+  """
+
+  def chunks(path: Any, _: Any) -> ocp.SaveArgs:
+    stacked = any(getattr(key, "key", None) == _STACKED for key in path)
+    # `shard_axes` cuts these axes down to 1 before any other is cut.
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+  return jax.tree.map_with_path(chunks, tree)
+
+
+def _run_record(
+  run_config: RunConfig,
+  step: int,
+  arrays: Mapping[str, Any],
+  scalars: Mapping[str, Any],
+  data_state: dict[str, Any],
+) -> dict[str, Any]:
+  return {
+    "step": step,
+    "state": scalars,
+    "data_state": data_state,
+    "layout": {name: _layout(tree) for name, tree in arrays.items()},
+    # Step n draws from fold_in(key(seed), n): nothing else is needed.
+    "rng": {
+      "seed": run_config.train.seed,
+      "implementation": str(jax.eval_shape(jax.random.key, 0).dtype),
+    },
+    "config": run_config.to_dict(),
+    "versions": workdir.versions(),
+  }
+
+
+def _layout(tree: Any) -> dict[str, str]:
+  """Return {"['blocks']['experts']": "float32[3,8]", ...}."""
+  leaves = jax.tree.leaves_with_path(tree)
+  return {jax.tree_util.keystr(k): f"{x.dtype}{list(x.shape)}".replace(" ", "") for k, x in leaves}
+
+
+def _check_layout(name: str, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+  """Raise ValueError if arrays differ in name, shape or dtype: Orbax would cast, or fail midway."""
+  for key in sorted(saved.keys() | wanted.keys()):
+    there, here = saved.get(key, "absent"), wanted.get(key, "absent")
+    if there != here:
+      raise ValueError(f"{name}{key} is {there} there and {here} here")
+
+
+def _place(value: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+  array = np.asarray(value, abstract.dtype)
+  return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: array[index])
+
+
+def _agree(candidates: Iterator[tuple[int, bool]]) -> Iterator[tuple[int, bool]]:
+  """Yield process 0's candidates on every process; only process 0 looks at the files."""
+  if jax.process_count() == 1:
+    yield from candidates
+    return
+  while True:
+    mine = next(candidates, (-1, False)) if jax.process_index() == 0 else (-1, False)
+    step, verified = multihost_utils.broadcast_one_to_all(np.array(mine))
+    if step < 0:
+      return
+    yield int(step), bool(verified)
+
+
+def _reason(error: BaseException) -> str:
+  """Return the system's words for an error if it is one (TensorStore's hides it), or its own."""
+  if isinstance(error, OSError) and error.errno:
+    return os.strerror(error.errno)
+  message = str(error)
+  if match := re.search(r"os_error_code='(\d+)'", message):
+    return os.strerror(int(match[1]))
+  return f"{type(error).__name__}: {message.partition(chr(10))[0]}"
+
+
+def _remove(directory: epath.Path) -> None:
+  """Delete a directory, digests first: what a crash leaves of it must not look complete."""
+  try:
+    if directory.exists():
+      (directory / digests.FILE_NAME).unlink(missing_ok=True)
+      directory.rmtree()
+  except OSError as error:
+    _LOG.warning("%s could not be deleted: %s", directory, _reason(error))

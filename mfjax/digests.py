@@ -1,0 +1,98 @@
+"""Digests of a directory's files: written once it is complete, checked before it is trusted.
+
+Orbax notices a missing file, but a flipped byte in array data loads silently as wrong values. The
+digests are the last file written into a directory, so their presence also says that everything
+else had been written. SHA-256, because processors compute it: twice as fast as BLAKE2b where the
+SHA extensions exist (1.6 against 0.8 GB/s a thread).
+"""
+
+import concurrent.futures
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from etils import epath
+
+FILE_NAME = "digests.json"
+
+_ALGORITHM = "sha256"
+_THREADS = 8  # hashlib releases the GIL; memory stays at one 256 KiB buffer a thread.
+_PENDING_SUFFIX = ".tmp"
+
+_Result = TypeVar("_Result")
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+  """Write `text` to `path` such that a reader sees the old content or all of the new."""
+  pending = path.with_name(path.name + _PENDING_SUFFIX)
+  pending.write_text(text)
+  pending.replace(path)
+
+
+def exist(directory: epath.Path) -> bool:
+  """Return whether `directory` was complete once: its digests are there."""
+  return (directory / FILE_NAME).exists()
+
+
+def write(directory: epath.Path) -> None:
+  """Write size and digest of every file below `directory` into it, atomically.
+
+  Raises:
+    OSError: a file cannot be read, or the digests not written (full disk).
+  """
+  files = dict(
+    _in_threads(lambda name: (name, _measure(directory / name)), sorted(_names(directory)))
+  )
+  replace_text(directory / FILE_NAME, json.dumps({"algorithm": _ALGORITHM, "files": files}))
+
+
+def find_problems(directory: epath.Path, parts: Iterable[str] | None = None) -> list[str]:
+  """Return one phrase for each file that is not as it was when the digests were written.
+
+  `parts` limits the check to these sub-directories and the files beside them.
+  """
+  try:
+    recorded = json.loads((directory / FILE_NAME).read_text())
+    if recorded["algorithm"] != _ALGORITHM:
+      return [f"{FILE_NAME} names the unknown algorithm {recorded['algorithm']!r}"]
+    files = {name: (int(size), str(digest)) for name, (size, digest) in recorded["files"].items()}
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    return [f"{FILE_NAME} is unreadable ({type(error).__name__})"]
+  if parts is not None:
+    wanted = set(parts)
+    files = {n: f for n, f in files.items() if "/" not in n or n.partition("/")[0] in wanted}
+  problems = _in_threads(lambda name: _problem(directory / name, name, *files[name]), sorted(files))
+  return [problem for problem in problems if problem]
+
+
+def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
+  """Yield the path of every file below `directory`, relative to it (epath has no `**`)."""
+  for path in directory.iterdir():
+    if path.is_dir():
+      yield from _names(path, f"{prefix}{path.name}/")
+    elif prefix + path.name not in (FILE_NAME, FILE_NAME + _PENDING_SUFFIX):
+      yield prefix + path.name
+
+
+def _in_threads(function: Callable[[str], _Result], names: Iterable[str]) -> list[_Result]:
+  with concurrent.futures.ThreadPoolExecutor(_THREADS, "digests") as threads:
+    return list(threads.map(function, names))
+
+
+def _measure(path: epath.Path) -> tuple[int, str]:
+  with path.open("rb") as file:
+    digest = hashlib.file_digest(file, _ALGORITHM).hexdigest()
+    return file.tell(), digest
+
+
+def _problem(path: epath.Path, name: str, size: int, digest: str) -> str:
+  try:
+    found_size = path.stat().length  # Answers for a truncated file without reading it.
+    if found_size != size:
+      return f"{name} has {found_size} of {size} bytes"
+    return "" if _measure(path)[1] == digest else f"{name} differs from its digest"
+  except FileNotFoundError:
+    return f"{name} is missing"
+  except OSError as error:
+    return f"{name} cannot be read ({error.strerror})"
