@@ -1,0 +1,87 @@
+"""Train a ModuleFormer, or go on with a run.
+
+  mfjax train --config=quickstart --workdir=runs/quickstart [--config.train.steps=1000 ...]
+
+A workdir that already has checkpoints is resumed from the newest good one. Ctrl-C finishes the
+step, saves and exits with 0; SIGTERM (preemption) does so with 75, on which launchers requeue. A
+second signal exits at once. Exit code 1: the run failed (too many non-finite steps, a checkpoint
+that could not be saved); 2: the configuration, the data or the workdir cannot be used.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from absl import flags
+
+from launch import flags as shared
+from mfjax import describe
+from mfjax.train import Exit, StopSignal, TrainingFailedError, train
+
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Print config, parameter counts, memory and shardings; allocate nothing."
+)
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+  "allow_config_change", False, "Go on in a workdir whose saved config differs in what it computes."
+)
+
+EXIT_CODES = {Exit.FINISHED: 0, Exit.INTERRUPTED: 0, Exit.PREEMPTED: 75}
+_FAILED = 1
+_REQUESTS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.PREEMPTED}
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+def main(argv: Sequence[str]) -> int:
+  """Train as the flags say and return the exit code."""
+  if len(argv) > 1:
+    raise ValueError(f"unexpected argument {argv[1]!r}: all of train's settings are flags")
+  config = shared.run_config()
+  if _DRY_RUN.value:
+    print(describe.describe(config))
+    return 0
+  workdir = shared.workdir()
+  stop = StopSignal()
+  listen(stop)
+  try:
+    outcome = train(
+      config,
+      workdir,
+      stop=stop,
+      resume_command=shlex.join(["mfjax", *sys.argv[1:]]),
+      allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+    )
+  except TrainingFailedError as error:
+    print(f"mfjax train: error: {error}", file=sys.stderr)
+    return _FAILED
+  return EXIT_CODES[outcome]
+
+
+def listen(stop: StopSignal) -> None:
+  """Turn the first SIGINT or SIGTERM into a request to `stop`, the second into an exit at once.
+
+  Python runs signal handlers in the main thread between bytecodes, so not while XLA compiles. Its
+  C handler, though, writes to the wakeup descriptor right away, and a thread of its own reads that.
+  """
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  signal.set_wakeup_fd(writer)
+  for number in _REQUESTS:
+    signal.signal(number, lambda *_: None)
+  threading.Thread(target=_answer, args=(reader, stop), name="signals", daemon=True).start()
+
+
+def _answer(reader: int, stop: StopSignal) -> None:
+  while True:
+    number = os.read(reader, 1)[0]
+    if number not in _REQUESTS:
+      continue
+    if stop.request is not None:
+      if os.isatty(1):
+        os.write(1, _SHOW_CURSOR)  # The live line had hidden it.
+      os._exit(128 + number)
+    stop.request = _REQUESTS[signal.Signals(number)]
+    notice = f"\n{stop.request.value}: finishing the step and saving; again to exit at once\n"
+    os.write(2, notice.encode())

@@ -1,0 +1,255 @@
+"""Where metrics go: the terminal, metrics.jsonl and TensorBoard event files.
+
+A train record is what `metrics.Meter.record` returns. An evaluation record is
+{'step': n, 'evaluation': {domain: {'nats_per_token': ..., 'bits_per_byte': ..., ...}}}.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+import rich.console
+import rich.progress
+import tensorboardX
+from etils import epath
+
+from mfjax.config import TrainConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Writer:
+  """Receives what a run has to tell; this base class drops it."""
+
+  def log(self, record: Mapping[str, Any]) -> None:
+    """Write a train or evaluation record."""
+
+  def say(self, text: str) -> None:
+    """Tell the person at the terminal."""
+
+  def progress(self, step: int) -> None:
+    """Note that `step` steps are done."""
+
+  def close(self) -> None:
+    """Write what is left."""
+
+
+class Writers(Writer):
+  """Passes everything to each of several writers."""
+
+  def __init__(self, writers: Sequence[Writer]):
+    self._writers = writers
+
+  def log(self, record: Mapping[str, Any]) -> None:
+    for writer in self._writers:
+      writer.log(record)
+
+  def say(self, text: str) -> None:
+    for writer in self._writers:
+      writer.say(text)
+
+  def progress(self, step: int) -> None:
+    for writer in self._writers:
+      writer.progress(step)
+
+  def close(self) -> None:
+    for writer in self._writers:
+      writer.close()
+
+
+def describe_record(record: Mapping[str, Any]) -> str:
+  """Return a train or evaluation record as one line of text, without its step."""
+  if "evaluation" in record:
+    return "held-out  " + "  ".join(
+      f"{domain} {values['nats_per_token']:.4f} nats/token {values['bits_per_byte']:.4f} bits/byte"
+      for domain, values in record["evaluation"].items()
+    )
+  parts = [
+    f"loss {record['loss']:.4f}",
+    f"aux {record['aux_loss']:.4f}",
+    f"grad {record['gradient_norm']:.3g}",
+    f"lr {record['learning_rate']:.3g}",
+    f"{record['tokens_per_second']:,.0f} tokens/s",
+    f"MFU {100 * record['mfu']:.1f} %",
+  ]
+  dead = sum(int(np.sum(load["dead"])) for load in record["router"].values())
+  parts += [f"{dead} dead experts"] if dead else []
+  parts += [f"{record['skipped']} skipped"] if record["skipped"] else []
+  return "  ".join(parts)
+
+
+class LineWriter(Writer):
+  """Prints a line per record: for logs and pipes."""
+
+  def __init__(self, num_steps: int, stream: TextIO):
+    self._num_steps = num_steps
+    self._stream = stream
+
+  def log(self, record: Mapping[str, Any]) -> None:
+    width = len(str(self._num_steps))
+    self.say(f"step {record['step']:{width}d}/{self._num_steps}  {describe_record(record)}")
+
+  def say(self, text: str) -> None:
+    self._stream.write(text + "\n")
+    self._stream.flush()
+
+
+class LiveWriter(Writer):
+  """Keeps one live line with progress and time left; what else is said scrolls above it."""
+
+  def __init__(self, num_steps: int, console: rich.console.Console):
+    self._progress = rich.progress.Progress(
+      rich.progress.TextColumn("step"),
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.BarColumn(bar_width=20),
+      rich.progress.TextColumn("{task.description}"),
+      rich.progress.TimeRemainingColumn(compact=True),
+      rich.progress.TextColumn("left"),
+      console=console,
+      refresh_per_second=4,
+      speed_estimate_period=120,
+    )
+    self._num_steps = num_steps
+    self._task = self._progress.add_task("compiling", total=num_steps, start=False)
+
+  def log(self, record: Mapping[str, Any]) -> None:
+    if "evaluation" in record:
+      self.say(f"step {record['step']}  {describe_record(record)}")
+      return
+    line = (
+      f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+      f"MFU {100 * record['mfu']:.1f} %"
+    )
+    self._progress.update(self._task, description=line)
+
+  def say(self, text: str) -> None:
+    self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+  def progress(self, step: int) -> None:
+    if not self._progress.live.is_started:
+      # Starts at the first finished step: a resumed run must not count the earlier ones as speed.
+      self._progress.reset(self._task, total=self._num_steps, completed=step, description="")
+      self._progress.start()
+    self._progress.update(self._task, completed=step)
+
+  def close(self) -> None:
+    self._progress.stop()
+
+
+def terminal_writer(num_steps: int, stream: TextIO | None = None) -> Writer:
+  """Return a live line for a terminal, plain lines for anything else."""
+  stream = stream or sys.stdout
+  if stream.isatty():
+    return LiveWriter(num_steps, rich.console.Console(file=stream))
+  return LineWriter(num_steps, stream)
+
+
+def _plain(value: Any) -> Any:
+  """Make a record JSON: arrays become lists of 6 significant digits, non-finite numbers None."""
+  if isinstance(value, Mapping):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 1:
+    return _plain([float(f"{x:.6g}") for x in value])
+  if isinstance(value, np.ndarray):
+    return _plain(list(value) if value.ndim > 1 else value.tolist())
+  if isinstance(value, list):
+    return [_plain(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+class JsonlWriter(Writer):
+  """Appends one JSON object per record to metrics.jsonl.
+
+  Opening drops the lines after `start_step`, which a resumed run will write again, and a last line
+  that a killed process left unfinished.
+  """
+
+  def __init__(self, path: epath.Path, start_step: int):
+    kept = [record for record in read_records(path) if record["step"] <= start_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial.replace(path)
+    self._evaluated = {record["step"] for record in kept if "evaluation" in record}
+    self._file = path.open("a")
+
+  def log(self, record: Mapping[str, Any]) -> None:
+    if "evaluation" in record and record["step"] in self._evaluated:
+      return  # A finished run that is started again evaluates its last step again.
+    self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def read_records(path: epath.Path) -> list[dict[str, Any]]:
+  """Return the records of a metrics.jsonl without an unfinished last line; [] if there is none.
+
+  Raises:
+    ValueError: a line that is not a record; names the file and the line.
+  """
+  if not path.exists():
+    return []
+  records = []
+  lines = path.read_bytes().splitlines(keepends=True)
+  for number, line in enumerate(lines, start=1):
+    try:
+      record = json.loads(line)
+      record["step"] + 0
+    except (ValueError, KeyError, TypeError) as error:
+      if number == len(lines) and not line.endswith(b"\n"):
+        break
+      raise ValueError(f"{path}:{number} is not a metrics record: delete that line") from error
+    records.append(record)
+  return records
+
+
+class TensorBoardWriter(Writer):
+  """Writes scalars to TensorBoard event files; per layer, only what sums up its experts.
+
+  Every expert's share of picks is in metrics.jsonl and in `mfjax plot`.
+  """
+
+  def __init__(self, directory: epath.Path, start_step: int):
+    # Events from purge_step on, left by a run that got further than its checkpoint, are hidden.
+    self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start_step + 1)
+
+  def log(self, record: Mapping[str, Any]) -> None:
+    step = record["step"]
+    for domain, values in record.get("evaluation", {}).items():
+      for name in ("nats_per_token", "bits_per_byte"):
+        self._add(f"held_out_{name}/{domain}", values[name], step)
+    for kind, load in record.get("router", {}).items():
+      balanced = 1 / load["share"].shape[-1]
+      per_layer = {**load, "largest_share_over_balanced": load["share"].max(-1) / balanced}
+      del per_layer["share"]
+      for name, values in per_layer.items():
+        for layer, value in enumerate(values):
+          self._add(f"{kind}_{name}/layer_{layer:02d}", float(value), step)
+    for name, value in record.items():
+      if name != "step" and isinstance(value, int | float):
+        self._add(f"train/{name}", value, step)
+
+  def _add(self, tag: str, value: float, step: int) -> None:
+    if math.isfinite(value):  # A skipped step's loss is not; tensorboardX warns each time.
+      self._events.add_scalar(tag, value, step)
+
+  def close(self) -> None:
+    self._events.close()
+
+
+def open_writers(
+  workdir: epath.Path, config: TrainConfig, start_step: int, *, first: bool
+) -> Writer:
+  """Open a run's writers, `start_step` being the restored step; only the `first` process writes."""
+  if not first:
+    return Writer()
+  writers = [terminal_writer(config.steps), JsonlWriter(workdir / METRICS_FILE, start_step)]
+  if config.tensorboard:
+    writers.append(TensorBoardWriter(workdir / "tensorboard", start_step))
+  return Writers(writers)

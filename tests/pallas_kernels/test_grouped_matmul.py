@@ -1,0 +1,66 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import testing
+from pallas_kernels.grouped_matmul import api
+from pallas_kernels.implementation import Implementation
+
+K, N = 12, 20
+
+
+def oracle_matmul(rows, weights, sizes, alignment):
+  """Multiply group by group in float64, as plainly as it can be said."""
+  out = np.full((len(rows), weights.shape[2]), np.nan)
+  row = 0
+  for group, size in enumerate(sizes):
+    out[row : row + size] = rows[row : row + size].astype(np.float64) @ weights[group]
+    row += -(-size // alignment) * alignment
+  return out
+
+
+def oracle_outer(a, b, sizes, alignment):
+  out = np.zeros((len(sizes), a.shape[1], b.shape[1]))
+  row = 0
+  for group, size in enumerate(sizes):
+    out[group] = a[row : row + size].T.astype(np.float64) @ b[row : row + size]
+    row += -(-size // alignment) * alignment
+  return out
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("implementation", api.AVAILABLE)
+@pytest.mark.parametrize("case", testing.GROUP_SIZES)
+def test_products_equal_the_oracle_and_ignore_unused_rows(case, implementation, dtype, tolerance):
+  sizes = testing.GROUP_SIZES[case]
+  alignment = 8 if implementation is Implementation.XLA else 1
+  options = {"alignment": alignment, "implementation": implementation}
+  a, used = testing.aligned_rows(sizes, K, alignment, seed=1)
+  b, _ = testing.aligned_rows(sizes, N, alignment, seed=2)
+  weights = np.random.default_rng(3).standard_normal((len(sizes), K, N))
+  groups, w = jnp.asarray(sizes, jnp.int32), jnp.asarray(weights, dtype)
+
+  def check(actual, expected):
+    actual = np.asarray(actual.astype(jnp.float32))
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * 8)
+
+  forward = api.grouped_matmul(jnp.asarray(a, dtype), w, groups, **options)
+  check(forward[used], oracle_matmul(a, weights, sizes, alignment)[used])
+  backward = api.grouped_matmul(jnp.asarray(b, dtype), w, groups, transpose_rhs=True, **options)
+  check(backward[used], oracle_matmul(b, weights.swapaxes(1, 2), sizes, alignment)[used])
+  outer = api.grouped_outer(jnp.asarray(a, dtype), jnp.asarray(b, dtype), groups, **options)
+  check(outer, oracle_outer(a, b, sizes, alignment))
+  assert forward.dtype == dtype
+  assert outer.dtype == jnp.float32
+
+
+def test_unavailable_implementations_and_wrong_shapes_are_named():
+  x, w, sizes = jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.array([4, 4])
+  with pytest.raises(NotImplementedError, match=r"pallas_gpu.*use reference, xla"):
+    api.grouped_matmul(x, w, sizes, alignment=8, implementation=Implementation.PALLAS_GPU)
+  with pytest.raises(NotImplementedError, match="pallas_tpu"):
+    api.resolve(Implementation.PALLAS_TPU, "tpu")
+  with pytest.raises(ValueError, match=r"\(8, 4\), \(2, 5, 4\)"):
+    bad = jnp.ones((2, 5, 4))
+    api.grouped_matmul(x, bad, sizes, alignment=8, implementation=Implementation.XLA)
+  assert api.resolve(Implementation.AUTO, "cpu") is Implementation.XLA

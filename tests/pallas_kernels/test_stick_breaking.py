@@ -1,0 +1,90 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import testing
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.stick_breaking import api
+
+SLOTS, HEADS, DIM = 2, 3, 8
+
+
+def inputs(num_queries, num_keys, logit_scale=1.0, seed=0):
+  rng = np.random.default_rng(seed)
+
+  def draw(*shape):
+    return jnp.asarray(logit_scale * rng.standard_normal(shape), jnp.float32)
+
+  q = draw(2, num_queries, SLOTS, HEADS, DIM)
+  k, v = draw(2, num_keys, HEADS, DIM), draw(2, num_keys, HEADS, DIM)
+  k_segments = np.ones((2, num_keys), np.int32)
+  k_segments[0, num_keys // 3 :] = 2
+  k_segments[1, : num_keys // 5] = 0
+  k_segments[1, -2:] = 0
+  return q, k, v, jnp.asarray(k_segments[:, num_keys - num_queries :]), jnp.asarray(k_segments)
+
+
+def literal(q, k, v, q_segments, k_segments):
+  """Break the stick key by key, nearest first, as the definition reads."""
+  out = np.zeros(q.shape)
+  history = k.shape[1] - q.shape[1]
+  for b, i, s, h in np.ndindex(q.shape[:4]):
+    stick = 1.0
+    for j in range(history + i, -1, -1):
+      if k_segments[b, j] == 0 or k_segments[b, j] != q_segments[b, i]:
+        continue
+      beta = 1 / (1 + np.exp(-np.dot(q[b, i, s, h], k[b, j, h]) / np.sqrt(q.shape[-1])))
+      out[b, i, s, h] += stick * beta * v[b, j, h]
+      stick *= 1 - beta
+  return out
+
+
+@pytest.mark.parametrize("implementation", api.AVAILABLE)
+@pytest.mark.parametrize("lengths", [(5, 5), (6, 11)])
+def test_definition(implementation, lengths):
+  args = inputs(*lengths)
+  out = api.stick_breaking_attention(*args, implementation=implementation)
+  expected = literal(*(np.asarray(x, np.float64) for x in args))
+  np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, 4.0])
+@pytest.mark.parametrize("case", testing.LENGTHS)
+def test_values_and_gradients_equal_the_oracle(case, logit_scale):
+  q, k, v, *segments = inputs(*testing.LENGTHS[case], logit_scale=logit_scale)
+  weights = jnp.asarray(np.random.default_rng(9).standard_normal(q.shape), jnp.float32)
+
+  def run(implementation):
+    def loss(q, k, v):
+      out = api.stick_breaking_attention(q, k, v, *segments, implementation=implementation)
+      return (out * weights).sum(), out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+  for ours, oracle in zip(run(Implementation.XLA), run(Implementation.REFERENCE), strict=True):
+    assert np.isfinite(ours).all()
+    scale = float(jnp.abs(oracle).max())
+    np.testing.assert_allclose(ours, oracle, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_query_without_keys_gives_zero():
+  q, k, v, q_segments, k_segments = inputs(6, 6)
+  out = api.stick_breaking_attention(
+    q, k, v, q_segments, jnp.zeros_like(k_segments), implementation=Implementation.XLA
+  )
+  assert (out == 0).all()
+
+
+def test_wrong_shapes_are_named():
+  q, k, v, q_segments, k_segments = inputs(5, 5)
+  options = {"implementation": Implementation.XLA}
+  with pytest.raises(ValueError, match=r"needs q \[b, q, s, h, d\]"):
+    api.stick_breaking_attention(q[..., :4], k, v, q_segments, k_segments, **options)
+  with pytest.raises(ValueError, match="t >= q"):
+    api.stick_breaking_attention(q, k[:, :3], v[:, :3], q_segments, k_segments[:, :3], **options)
+  with pytest.raises(NotImplementedError, match="use reference, xla"):
+    api.stick_breaking_attention(
+      q, k, v, q_segments, k_segments, implementation=Implementation.INTERPRET
+    )

@@ -1,0 +1,144 @@
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mfjax.config import (
+  AuxLoss,
+  DType,
+  LossConfig,
+  OptimizerConfig,
+  Placement,
+  Remat,
+  Statistics,
+  TrainConfig,
+)
+from tests import tiny
+
+GATHERED = {"attention_placement": Placement.FSDP, "ff_placement": Placement.FSDP}
+MESHES = {
+  "8x1x1": tiny.mesh(data=8),
+  "1x8x1": tiny.mesh(fsdp=8),
+  "1x1x8": tiny.mesh(expert=8),
+  "2x2x2": tiny.mesh(data=2, fsdp=2, expert=2),
+  "2x2x2, gathered": tiny.mesh(data=2, fsdp=2, expert=2, **GATHERED),
+  # One row of buffer per peer and round: every step takes several rounds.
+  "1x1x8, rounds": tiny.mesh(expert=8, exchange_buffer=1.0),
+}
+
+
+@functools.cache
+def one_device() -> tuple[np.ndarray, tiny.Run]:
+  run = tiny.Run(tiny.run_config())
+  return tiny.losses(run.train(tiny.batches(20))), run
+
+
+def bytes_per_device(tree) -> float:
+  leaves = jax.tree.leaves(tree)
+  return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_gives_the_losses_of_one_device(name):
+  expected, single = one_device()
+  run = tiny.Run(tiny.run_config(mesh=MESHES[name]))
+  np.testing.assert_allclose(tiny.losses(run.train(tiny.batches(20))), expected, rtol=1e-5)
+  # What is not replicated by rule shrinks with fsdp * expert; moments like their parameters.
+  for part in ("params", "optimizer"):
+    whole, mine = bytes_per_device(single.state[part]), bytes_per_device(run.state[part])
+    shards = run.mesh.shape["fsdp"] * run.mesh.shape["expert"]
+    assert whole / shards <= mine <= whole / shards + 0.06 * whole
+
+
+def test_losses_fall_and_runs_repeat_bitwise():
+  batch = tiny.batches(1) * 20
+  first, again = (tiny.Run(tiny.run_config()) for _ in range(2))
+  history = tiny.losses(first.train(batch))
+  assert history[-1] < history[0] - 1
+  np.testing.assert_array_equal(history, tiny.losses(again.train(batch)))
+  jax.tree.map(np.testing.assert_array_equal, first.state, again.state)
+
+
+@pytest.mark.parametrize("aux", [AuxLoss.MUTUAL_INFORMATION, AuxLoss.SWITCH])
+def test_exact_statistics_equal_the_big_batch(aux):
+  def run(microbatches: int, statistics: Statistics):
+    loss = LossConfig(aux=aux, aux_weight=0.5, statistics=statistics)
+    train = TrainConfig(steps=20, microbatches=microbatches)
+    made = tiny.Run(tiny.run_config(loss=loss, train=train))
+    history = made.train(tiny.batches(3))
+    return made.state["params"], tiny.losses(history)
+
+  big, big_losses = run(1, Statistics.RUNNING)
+  norm = sum(float((x**2).sum()) for x in jax.tree.leaves(big)) ** 0.5
+
+  def distance(statistics: Statistics) -> float:
+    params, _ = run(4, statistics)
+    gaps = jax.tree.map(lambda a, b: float(((a - b) ** 2).sum()), params, big)
+    return sum(jax.tree.leaves(gaps)) ** 0.5 / norm
+
+  params, exact_losses = run(4, Statistics.EXACT)
+  np.testing.assert_allclose(exact_losses, big_losses, rtol=1e-5)
+  exact, running, micro = (distance(s) for s in (Statistics.EXACT, Statistics.RUNNING, Statistics.MICROBATCH))
+  assert exact < 1e-4
+  assert exact < running < micro  # The approximations are approximations, in their order.
+
+
+@pytest.mark.parametrize("remat", [Remat.SAVE_MATMULS, Remat.NONE])
+def test_rematerialisation_changes_nothing(remat):
+  expected, _ = one_device()
+  run = tiny.Run(tiny.run_config(train=TrainConfig(steps=20, remat=remat)))
+  np.testing.assert_allclose(tiny.losses(run.train(tiny.batches(3))), expected[:3], rtol=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_skipped():
+  run = tiny.Run(tiny.run_config())
+  good = tiny.batches(3)
+  run.train(good[:1])
+  before = jax.device_get({k: run.state[k] for k in ("params", "optimizer")})
+  poison = run.state["params"]["blocks"]["ff"]["router"]["b1"]
+  run.state["params"]["blocks"]["ff"]["router"]["b1"] = poison.at[0, 0].set(np.nan)
+  history = run.train(good[1:])
+  assert [m["skipped"] for m in history] == [1, 1]
+  assert [m["skipped_in_a_row"] for m in history] == [1, 2]
+  assert int(run.state["step"]) == 3
+  after = jax.device_get({k: run.state[k] for k in ("params", "optimizer")})
+  after["params"]["blocks"]["ff"]["router"]["b1"] = before["params"]["blocks"]["ff"]["router"]["b1"]
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_memory_choices_keep_their_formats():
+  optimizer = OptimizerConfig(
+    warmup_steps=2,
+    learning_rate=3e-3,
+    first_moment_dtype=DType.BFLOAT16,
+    second_moment_dtype=DType.BFLOAT16,
+    gradient_dtype=DType.BFLOAT16,
+  )
+  expected, _ = one_device()
+  run = tiny.Run(tiny.run_config(optimizer=optimizer))
+  history = tiny.losses(run.train(tiny.batches(5)))
+  moments = [x for x in jax.tree.leaves(run.state["optimizer"]) if x.ndim > 0]
+  assert {x.dtype.name for x in moments} == {"bfloat16"}
+  np.testing.assert_allclose(history, expected[:5], rtol=1e-2)
+
+
+def test_bf16_compute_follows_float32():
+  expected, _ = one_device()
+  model = dataclasses.replace(tiny.MODEL, compute_dtype=DType.BFLOAT16)
+  run = tiny.Run(tiny.run_config(model=model))
+  np.testing.assert_allclose(tiny.losses(run.train(tiny.batches(5))), expected[:5], rtol=2e-2)
+  assert {x.dtype.name for x in jax.tree.leaves(run.state["params"])} == {"float32"}
+
+
+def test_statistics_leave_padding_out_and_count_every_pick():
+  run = tiny.Run(tiny.run_config())
+  made = tiny.batches(1)
+  (metrics,) = run.train(made)
+  tokens = (made[0]["segment_ids"] > 0).sum()
+  assert metrics["tokens"] == tokens
+  for kind, top_k in (("attention", 2), ("ff", 2)):
+    sums = metrics["router"][kind]
+    np.testing.assert_allclose(sums["picks"].sum(-1), tokens * top_k)
+    np.testing.assert_allclose(sums["prob_sum"].sum(-1), tokens, rtol=1e-5)
