@@ -266,7 +266,8 @@ class ModelConfig(_Checked):
           f"choose sample_top_k of at most {top_k}"
         )
     if self.d_attention % self.num_heads:
-      works = max(n for n in range(1, self.num_heads + 1) if self.d_attention % n == 0)
+      most = min(self.num_heads, self.d_attention)
+      works = max(n for n in range(1, most + 1) if self.d_attention % n == 0)
       raise ValueError(
         f"d_attention={self.d_attention} is not divisible by num_heads={self.num_heads}: "
         f"num_heads={works} works"
@@ -276,6 +277,12 @@ class ModelConfig(_Checked):
   def identity_kv(self) -> bool:
     """True if keys and values are the layer's normalised input itself, without parameters."""
     return self.d_attention == self.d_model and self.num_heads == 1
+
+  @property
+  def is_random(self) -> bool:
+    """True if a training step draws random numbers (dropout, sampled top k)."""
+    dropouts = (self.embedding_dropout, self.residual_dropout, self.router_dropout)
+    return self.sample_top_k > 0 or any(dropouts)
 
   @property
   def head_dim(self) -> int:

@@ -34,11 +34,12 @@ def order_rows(expert_ids_S: jax.Array, num_experts: int, alignment: int) -> Row
   num_rows = num_slots + num_experts * (alignment - 1)
   num_rows = -(-num_rows // alignment) * alignment
   order_S = jnp.argsort(expert_ids_S, stable=True).astype(jnp.int32)
-  bounds = jnp.searchsorted(expert_ids_S[order_S], jnp.arange(num_experts + 1)).astype(jnp.int32)
-  group_sizes, first = jnp.diff(bounds), bounds[:-1]
+  experts = jnp.arange(num_experts, dtype=jnp.int32)
+  group_sizes = (expert_ids_S == experts[:, None]).sum(1, dtype=jnp.int32)
+  first = jnp.cumsum(group_sizes) - group_sizes
   starts = group_starts(group_sizes, alignment)
   row = jnp.arange(num_rows, dtype=jnp.int32)
-  expert_of_row = jnp.searchsorted(starts, row, side="right").astype(jnp.int32) - 1
+  expert_of_row = (row >= starts[1:, None]).sum(0, dtype=jnp.int32)
   within = row - starts[expert_of_row]
   used = within < group_sizes[expert_of_row]
   position = jnp.minimum(first[expert_of_row] + within, num_slots - 1)

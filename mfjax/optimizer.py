@@ -79,5 +79,5 @@ def _stored_second_moment(
 
 def learning_rate(config: OptimizerConfig, steps: int, optimizer_state: Any) -> jax.Array:
   """Return the rate of the coming update; skipped steps do not move the schedule."""
-  count = optax.tree_utils.tree_get_all_with_path(optimizer_state, "count")[-1][1]
+  count = optax.tree.get_all_with_path(optimizer_state, "count")[-1][1]
   return jnp.asarray(make_schedule(config, steps)(count), jnp.float32)

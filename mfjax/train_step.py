@@ -118,7 +118,7 @@ def make_train_step(
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
     gradients, metrics = _gradients(config, state["params"], batch, key)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
     params = optax.apply_updates(state["params"], updates)
@@ -210,9 +210,9 @@ def _gradients(
 
 
 def _forward(config: RunConfig, params: Any, part: Batch, key: jax.Array) -> Any:
-  return model.apply(
-    params, config.model, execution(config), part["tokens"], part["segment_ids"], key
-  )
+  tokens, segments = part["tokens"], part["segment_ids"]
+  needed = key if config.model.is_random else None
+  return model.apply(params, config.model, execution(config), tokens, segments, needed)
 
 
 def _strided(rows: jax.Array, count: int) -> jax.Array:

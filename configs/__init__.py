@@ -1,0 +1,1 @@
+"""Runs: each module has one `get_config()`; its docstring is the command that starts it."""

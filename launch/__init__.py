@@ -1,0 +1,1 @@
+"""Commands of `mfjax`: one module each, with a docstring and `main(argv)`."""
