@@ -1,9 +1,11 @@
 """Measure one part of the system and print it beside its ceiling and a peer.
 
   mfjax bench data [--data=DIR] [--sequence_length=2048]
+  mfjax bench experts [--tokens=4096] [--d_model=512] [--d_ff=1024] [--num_experts=32] [--top_k=2]
 
 `data`: the input pipeline alone, tokens per second out of ArrayRecord files. Without --data it
-reads synthetic documents of log-normal lengths.
+reads synthetic documents of log-normal lengths. `experts`: a routed feed-forward layer on one
+device, beside a dense layer of the same active FLOPs, under three routings.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ from absl import flags
 from grain.experimental import FirstFitPackIterDataset
 from grain.sources import ArrayRecordDataSource
 
+from mfjax.bench import experts
 from mfjax.config import DataConfig, unknown_name
 from mfjax.data.index import TRAIN, DataIndex, open_index
 from mfjax.data.pipeline import TrainStream, empty_batch, load
@@ -29,6 +32,13 @@ from mfjax.data.shards import DocumentReader
 _DATA = flags.DEFINE_string("data", None, "Prepared data to read. Default: synthetic documents.")
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Predictions per row.")
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "How long each line is measured.")
+
+_TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens of the expert layer.", lower_bound=4)
+_D_MODEL = flags.DEFINE_integer("d_model", 512, "Width of the model.", lower_bound=1)
+_D_FF = flags.DEFINE_integer("d_ff", 1024, "Width of an expert.", lower_bound=1)
+_NUM_EXPERTS = flags.DEFINE_integer("num_experts", 32, "Number of experts.", lower_bound=2)
+_TOP_K = flags.DEFINE_integer("top_k", 2, "Experts chosen per token.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Calls of which the median counts.", lower_bound=1)
 
 _SYNTHETIC_TOKENS = 20_000_000
 _BATCH_ROWS = 64
@@ -66,6 +76,32 @@ def bench_data() -> None:
       filled = "" if fill is None else f"{fill:6.3f}"
       lines.append(f"{name:36}  {rate / 1e6:16.2f}  {filled}")
     print("\n".join(line.rstrip() for line in lines))
+
+
+def bench_experts() -> None:
+  """Print time and computed rows of a routed layer relative to a dense one."""
+  import jax  # The data benchmark runs without it.
+
+  if _TOP_K.value >= _NUM_EXPERTS.value:
+    raise ValueError(f"top_k={_TOP_K.value} must be below num_experts={_NUM_EXPERTS.value}")
+  shape = experts.ExpertShape(
+    tokens=_TOKENS.value,
+    d_model=_D_MODEL.value,
+    d_ff=_D_FF.value,
+    num_experts=_NUM_EXPERTS.value,
+    top_k=_TOP_K.value,
+  )
+  device = jax.devices()[0]
+  print(f"{shape} on {device.device_kind}, jax {jax.__version__}")
+  print(f"{'routing':12}  {'rows/active':>11}  {'forward ms':>26}  {'forward + backward ms':>26}")
+  for row in experts.measure(shape, device, _REPEATS.value):
+    forward = _against(row.forward, row.dense_forward)
+    training = _against(row.training, row.dense_training)
+    print(f"{row.routing:12}  {row.rows_ratio:11.3f}  {forward:>26}  {training:>26}")
+
+
+def _against(routed: float, dense: float) -> str:
+  return f"{routed * 1e3:.2f} / dense {dense * 1e3:.2f} = {routed / dense:.2f}"
 
 
 def _synthetic(folder: pathlib.Path) -> DataIndex:
@@ -162,4 +198,4 @@ def _peer(index: DataIndex, config: DataConfig) -> tuple[float, float]:
   return _rate(tokens()), counted / room
 
 
-_BENCHMARKS = {"data": bench_data}
+_BENCHMARKS = {"data": bench_data, "experts": bench_experts}

@@ -49,7 +49,8 @@ def expert_layout(
   num_experts: int, top_k: int, placement: Placement, mesh: MeshConfig, kernels: KernelConfig
 ) -> ExpertLayout:
   """Return the layout for the mesh in context (`jax.set_mesh`)."""
-  num_peers = jax.sharding.get_abstract_mesh().shape["expert"]
+  sizes = jax.sharding.get_abstract_mesh().shape
+  num_peers = sizes["expert"]
   crosses = placement is Placement.EXPERT and num_peers > 1
   exchange = Exchange(
     num_experts=num_experts,
@@ -59,7 +60,7 @@ def expert_layout(
     buffer=mesh.exchange_buffer,
   )
   axes = ("fsdp",) if placement is Placement.EXPERT else WEIGHT_AXES
-  return ExpertLayout(exchange, top_k, axes)
+  return ExpertLayout(exchange, top_k, tuple(axis for axis in axes if sizes[axis] > 1))
 
 
 def make_plan(layout: ExpertLayout, ids_TK: jax.Array) -> Plan:
@@ -107,11 +108,15 @@ def _rounds(plan: Plan, first: Any, later: Callable[[jax.Array, Any], Any]) -> A
 def _gather(weights: jax.Array, dim: int, layout: ExpertLayout, dtype: Any) -> jax.Array:
   """Return [E, in, out] in the compute dtype, whole along d_model (dimension `dim`)."""
   weights = weights.astype(dtype)
+  if not layout.gather_axes:
+    return weights
   return jax.lax.all_gather(weights, layout.gather_axes, axis=dim, tiled=True)
 
 
 def _scatter(gradient: jax.Array, dim: int, layout: ExpertLayout) -> jax.Array:
   """Return this device's part of a weight gradient, summed over the gathered axes."""
+  if not layout.gather_axes:
+    return gradient
   return jax.lax.psum_scatter(gradient, layout.gather_axes, scatter_dimension=dim, tiled=True)
 
 

@@ -78,11 +78,13 @@ def test_exact_statistics_equal_the_big_batch(aux):
     gaps = jax.tree.map(lambda a, b: float(((a - b) ** 2).sum()), params, big)
     return sum(jax.tree.leaves(gaps)) ** 0.5 / norm
 
-  params, exact_losses = run(4, Statistics.EXACT)
+  _, exact_losses = run(4, Statistics.EXACT)
   np.testing.assert_allclose(exact_losses, big_losses, rtol=1e-5)
-  exact, running, micro = (distance(s) for s in (Statistics.EXACT, Statistics.RUNNING, Statistics.MICROBATCH))
-  assert exact < 1e-4
-  assert exact < running < micro  # The approximations are approximations, in their order.
+  exact, running, micro = (
+    distance(s) for s in (Statistics.EXACT, Statistics.RUNNING, Statistics.MICROBATCH)
+  )
+  # The other two are approximations, and must be seen to be.
+  assert exact < 1e-4 < min(running, micro)
 
 
 @pytest.mark.parametrize("remat", [Remat.SAVE_MATMULS, Remat.NONE])
