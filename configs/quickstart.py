@@ -1,8 +1,9 @@
-"""A ModuleFormer of 2.6M parameters on bytes of Python's own standard library, minutes on a CPU.
+"""A small ModuleFormer on Python's own standard library: two minutes on two cores.
 
-The first command makes the corpus on this machine, the second trains; again, it resumes.
+The first command makes the corpus and its tokenizer on this machine, the second trains; run again,
+it resumes.
 
-  mfjax prepare --corpus=stdlib --out=quickstart_data
+  mfjax prepare --corpus=stdlib --train_bpe=2048 --out=quickstart_data
   mfjax train --config=quickstart --workdir=runs/quickstart
 """
 
@@ -11,6 +12,7 @@ from mfjax.config import (
   DataConfig,
   DType,
   EvalConfig,
+  Init,
   ModelConfig,
   OptimizerConfig,
   Remat,
@@ -23,22 +25,20 @@ def get_config() -> RunConfig:
   """Return the run."""
   return RunConfig(
     model=ModelConfig(
-      vocab_size=257,  # Bytes and end-of-text.
-      d_model=128,
-      num_layers=4,
-      num_heads=2,
-      d_attention=128,
+      vocab_size=2048,
+      d_model=160,
+      num_layers=3,
+      d_attention=160,
       d_ff=256,
       num_attention_experts=4,
       num_ff_experts=8,
-      attention_top_k=2,
-      ff_top_k=2,
-      d_gate=64,
+      d_gate=32,
+      init=Init.TRUNCATED_NORMAL,
       compute_dtype=DType.FLOAT32,
     ),
-    data=DataConfig(path="quickstart_data", sequence_length=256, batch_rows=32),
-    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-    train=TrainConfig(steps=500, remat=Remat.NONE),
-    evaluate=EvalConfig(every=250, max_tokens=100_000, sample_tokens=200),
-    checkpoint=CheckpointConfig(every=250),
+    data=DataConfig(path="quickstart_data", sequence_length=256, batch_rows=8),
+    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, final_fraction=0.02),
+    train=TrainConfig(steps=300, remat=Remat.NONE),
+    evaluate=EvalConfig(every=100, max_tokens=20_000, sample_tokens=100),
+    checkpoint=CheckpointConfig(every=100),
   )

@@ -25,6 +25,7 @@ from mfjax.config import unknown_name
 
 FLAGS = flags.FLAGS
 USAGE_ERROR = 2
+_INTERRUPTED = 130  # As shells have it.
 _NOT_COMMANDS = {"main", "flags"}
 _OVERRIDE = re.compile(r"--?config\.(?!FIELD=)")
 _HELP = {"-h", "-help", "--help"}
@@ -33,8 +34,9 @@ _HELP = {"-h", "-help", "--help"}
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the command that `argv` (the program's arguments; default: `sys.argv[1:]`) names.
 
-  Returns the exit code, or raises SystemExit with it. A ValueError or OSError of a command becomes
-  one sentence and exit code 2; `-v=1` shows its traceback as well.
+  Returns the exit code, or raises SystemExit with it. A ValueError, OSError or
+  NotImplementedError of a command becomes one sentence and exit code 2; `-v=1` shows its traceback
+  as well.
   """
   args = list(sys.argv[1:] if argv is None else argv)
   try:
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # `mfjax ... | head`: Python would complain again when it ends.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+  except KeyboardInterrupt:  # While libraries are imported, too: that takes seconds.
+    return _fail("mfjax", "interrupted", code=_INTERRUPTED)
   return code
 
 
@@ -82,11 +86,9 @@ def _run(program: str, command: types.ModuleType, argv: list[str]) -> int:
     logging.debug("%s failed", program, exc_info=True)
     named = error.filename is not None and error.strerror is not None
     return _fail(program, f"{error.filename}: {error.strerror}" if named else str(error))
-  except ValueError as error:
+  except (ValueError, NotImplementedError) as error:
     logging.debug("%s failed", program, exc_info=True)
     return _fail(program, str(error))
-  except KeyboardInterrupt:
-    return _fail(program, "interrupted", code=130)
 
 
 def _stdout_is_closed() -> bool:
@@ -109,7 +111,10 @@ def _parse(program: str, command: types.ModuleType, argv: Sequence[str]) -> list
   ]
   FLAGS.set_gnu_getopt(True)  # Flags may follow positional arguments.
   try:
-    return FLAGS([*before, *argv[end:]])
+    positional = FLAGS([*before, *argv[end:]])
+    if FLAGS["verbosity"].using_default_value:
+      logging.set_verbosity(logging.WARNING)  # At absl.app's choice, INFO, Orbax fills screens.
+    return positional
   except flags.UnrecognizedFlagError as error:
     known = [f"--{flag.name}" for flag in _command_flags(command)]
     message = unknown_name(f"--{error.flagname}", known, "flag")

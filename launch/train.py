@@ -9,11 +9,12 @@ that could not be saved); 2: the configuration, the data or the workdir cannot b
 """
 
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 from absl import flags
 
@@ -24,6 +25,12 @@ from mfjax.train import Exit, StopSignal, TrainingFailedError, train
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Print config, parameter counts, memory and shardings; allocate nothing."
 )
+_NUM_DEVICES = flags.DEFINE_integer(
+  "num_devices",
+  None,
+  "Devices of --dry_run's mesh. Default: the product of the mesh's fixed axes.",
+  lower_bound=1,
+)
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Go on in a workdir whose saved config differs in what it computes."
 )
@@ -31,6 +38,7 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 EXIT_CODES = {Exit.FINISHED: 0, Exit.INTERRUPTED: 0, Exit.PREEMPTED: 75}
 _FAILED = 1
 _REQUESTS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.PREEMPTED}
+_VIRTUAL_DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -40,9 +48,12 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError(f"unexpected argument {argv[1]!r}: all of train's settings are flags")
   config = shared.run_config()
   if _DRY_RUN.value:
-    print(describe.describe(config))
+    print(describe.describe(config, _NUM_DEVICES.value))
     return 0
+  if _NUM_DEVICES.value is not None:
+    raise ValueError("--num_devices is for --dry_run: a run takes all the devices there are")
   workdir = shared.workdir()
+  size_thread_pool(os.environ)
   stop = StopSignal()
   listen(stop)
   try:
@@ -57,6 +68,19 @@ def main(argv: Sequence[str]) -> int:
     print(f"mfjax train: error: {error}", file=sys.stderr)
     return _FAILED
   return EXIT_CODES[outcome]
+
+
+def size_thread_pool(environment: MutableMapping[str, str]) -> None:
+  """Give XLA's CPU client two threads per virtual device; NPROC, if set, is left as it is.
+
+  The client has as many threads as the machine has cores. On more virtual devices than that, each
+  thread ends up waiting in a collective for devices whose computation no thread is left to run: the
+  program hangs, or XLA ends it. NPROC is read when the client is made, so after this.
+  """
+  found = _VIRTUAL_DEVICES.findall(environment.get("XLA_FLAGS", ""))
+  num_devices = int(found[-1]) if found else 1
+  if num_devices > 1:
+    environment.setdefault("NPROC", str(max(2 * num_devices, os.cpu_count() or 1)))
 
 
 def listen(stop: StopSignal) -> None:

@@ -12,13 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from mfjax import experts
 from mfjax.config import KernelConfig, MeshConfig, ModelConfig
 from mfjax.layers import expert_matrix, normal, parameter
 from mfjax.router import Router, RouterStatistics
-from mfjax.sharding import BATCH, gathered, spec
+from mfjax.sharding import BATCH, gathered
 from pallas_kernels.stick_breaking import stick_breaking_attention
 
 
@@ -57,10 +56,14 @@ class AttentionExperts(nnx.Module):
     bank = nnx.Dict(w_in=parameter(w_query, in_axes), w_out=parameter(w_out, out_axes))
     self.experts = nnx.Dict(bank_0=bank)
     if not config.identity_kv:
-      for name in ("key", "value"):
+
+      def linear() -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array]]:
         weight = normal(rngs, (d_model, width), d_model, config)
-        setattr(self, f"w_{name}", parameter(weight, ("d_model", None)))
-        setattr(self, f"b_{name}", parameter(jnp.zeros(width, jnp.float32), (None,)))
+        bias = jnp.zeros(width, jnp.float32)
+        return parameter(weight, ("d_model", None)), parameter(bias, (None,))
+
+      self.w_key, self.b_key = linear()
+      self.w_value, self.b_value = linear()
 
   def __call__(
     self,
@@ -125,9 +128,7 @@ class AttentionExperts(nnx.Module):
 
     weights = experts.join_banks(self.experts)
     specs = experts.bank_specs(self.experts, self.mesh)
-    attend = jax.shard_map(
-      local, in_specs=(*(BATCH,) * 6, specs), out_specs=BATCH, check_vma=False
-    )
+    attend = jax.shard_map(local, in_specs=(*(BATCH,) * 6, specs), out_specs=BATCH, check_vma=False)
     segments = (segments_BT, k_segments)
     y_BTD = attend(x_BTD, k_BTHh, v_BTHh, segments, *routing, weights)
     return y_BTD, statistics, cache

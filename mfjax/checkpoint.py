@@ -88,6 +88,10 @@ class Checkpointer:
     names = [path.name for path in self._directory.iterdir() if path.is_dir()]
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
+  def complete_steps(self) -> list[int]:
+    """Return the steps that were written to the end, digests included, newest first."""
+    return [step for step in self.latest_steps() if digests.exist(self._path(step))]
+
   def save(
     self, step: int, state: Mapping[str, Any], data_state: dict[str, Any], *, force: bool = False
   ) -> bool:
@@ -239,10 +243,10 @@ class Checkpointer:
   def _delete_old(self, newest: int) -> None:
     """Apply the keep rules to `newest`, just verified, and all before it."""
     steps = [step for step in self.latest_steps() if step <= newest]
-    verified = [step for step in steps if digests.exist(self._path(step))]
+    complete = [step for step in self.complete_steps() if step <= newest]
     keep_every = self._config.keep_every
-    kept = {step for step in verified if keep_every and step % keep_every == 0}
-    kept.update(verified[: self._config.keep_last])
+    kept = {step for step in complete if keep_every and step % keep_every == 0}
+    kept.update(complete[: self._config.keep_last])
     for step in steps:
       if step not in kept:
         _remove(self._path(step))

@@ -51,7 +51,10 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
     choices = [member.value for member in kind]
     raise ValueError(f"{name}={value!r}: {unknown_name(str(value), choices, 'choice')}")
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    try:
+      value = float(value)
+    except OverflowError as error:
+      raise ValueError(f"{name} has {value.bit_length()} bits: give a finite number") from error
   if kind is float and isinstance(value, float) and not math.isfinite(value):
     raise ValueError(f"{name}={value!r} must be a finite number")
   if typing.get_origin(kind) is tuple:
@@ -63,10 +66,11 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
 
 
 def _coerce_pairs(value: Any, name: str) -> tuple[tuple[str, float], ...]:
-  if isinstance(value, Mapping):
-    value = value.items()
+  pairs = value.items() if isinstance(value, Mapping) else value
   try:
-    return tuple((coerce(k, str, name), coerce(v, float, name)) for k, v in value)
+    if isinstance(pairs, str):  # The empty one would pass for no pairs.
+      raise TypeError("text is no sequence of pairs")
+    return tuple((coerce(k, str, name), coerce(v, float, name)) for k, v in pairs)
   except (TypeError, ValueError) as error:
     raise ValueError(f"{name}={value!r}: give (domain, share) pairs") from error
 
@@ -343,11 +347,9 @@ class DataConfig(_Checked):
   on_end: DataEnd = DataEnd.REPEAT
   window_tokens: int = 4_194_304
   prefetch_batches: int = 2
-  read_threads: int = 0
 
   def _validate(self) -> None:
     _positive(self, "sequence_length", "batch_rows", "window_tokens", "prefetch_batches")
-    _not_negative(self, "read_threads")
     for domain, share in self.mixture:
       if not share > 0:
         raise ValueError(f"mixture gives domain {domain!r} the share {share}: it must be positive")
@@ -359,13 +361,13 @@ class DataConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig(_Checked):
-  """Weights of the losses; `chunk_tokens` bounds how many rows of logits exist at once."""
+  """Weights of the losses; `chunk_tokens` bounds the rows of logits that a device holds at once."""
 
   aux: AuxLoss = AuxLoss.MUTUAL_INFORMATION
   aux_weight: float = 0.01
   z_weight: float = 0.0
   statistics: Statistics = Statistics.RUNNING
-  chunk_tokens: int = 8192
+  chunk_tokens: int = 2048
 
   def _validate(self) -> None:
     _not_negative(self, "aux_weight", "z_weight")
@@ -421,8 +423,8 @@ class TrainConfig(_Checked):
 class EvalConfig(_Checked):
   """Held-out loss by domain, every `every` steps and at the end (0: at the end only).
 
-  `max_tokens` bounds the predicted tokens per domain while training (whole documents; 0: all); the last
-  evaluation always takes all. `sample_tokens` is the length of the continuation printed at the end.
+  `max_tokens` bounds the predictions per domain while training, to whole documents (0: all); the
+  last evaluation takes all. `sample_tokens` is the length of the continuation printed at the end.
   """
 
   every: int = 1000

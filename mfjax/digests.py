@@ -9,6 +9,7 @@ SHA extensions exist (1.6 against 0.8 GB/s a thread).
 import concurrent.futures
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -24,10 +25,26 @@ _Result = TypeVar("_Result")
 
 
 def replace_text(path: epath.Path, text: str) -> None:
-  """Write `text` to `path` such that a reader sees the old content or all of the new."""
+  """Write `text` to `path` such that a reader sees the old content or all of the new.
+
+  On a local disk that holds after a power cut too, and the new content is there to stay.
+  """
   pending = path.with_name(path.name + _PENDING_SUFFIX)
   pending.write_text(text)
+  _sync(pending)
   pending.replace(path)
+  _sync(path.parent)
+
+
+def _sync(path: epath.Path) -> None:
+  """Wait until a local file's content, or a directory's entries, are on the disk."""
+  if "://" in str(path):  # Object stores answer once the object is stored.
+    return
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def exist(directory: epath.Path) -> bool:

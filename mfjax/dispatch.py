@@ -68,23 +68,28 @@ class Exchange:
   buffer: float
 
 
+class Crossing(NamedTuple):
+  """Where this device's slots go among its peers."""
+
+  slot_by_peer: jax.Array  # int32 [S]: slots sorted by the peer that owns their expert
+  first_by_peer: jax.Array  # int32 [P + 1]
+  position: jax.Array  # int32 [S]: place among the slots that go to the same peer
+  peer: jax.Array  # int32 [S]; P for nobody
+  num_rounds: jax.Array  # int32 []
+
+
 class Plan(NamedTuple):
   """Routes of one layer's slots; saved by the forward pass and replayed by the backward pass."""
 
-  local: RowOrder | None  # without an exchange: straight from slots to rows
-  slot_by_peer: jax.Array | None  # int32 [S]: slots sorted by the peer that owns their expert
-  first_by_peer: jax.Array | None  # int32 [P + 1]
-  position: jax.Array | None  # int32 [S]: place among the slots that go to the same peer
-  peer: jax.Array | None  # int32 [S]; P for nobody
   expert_ids: jax.Array  # int32 [S]
-  num_rounds: jax.Array  # int32 []
+  route: RowOrder | Crossing  # straight to rows where all experts are here, else to peers first
 
 
 class Round(NamedTuple):
   """What one round moves: which slot sits in each buffer row, and the rows at the experts."""
 
-  index: jax.Array  # int32 []
-  slot_of_buffer: jax.Array | None  # int32 [P * C]; S where empty
+  number: jax.Array  # int32 []
+  slot_of_buffer: jax.Array | None  # int32 [P * C], S where empty; None without an exchange
   order: RowOrder
 
 
@@ -106,49 +111,48 @@ def alignment(num_slots: int, exchange: Exchange) -> int:
 def make_plan(expert_ids_S: jax.Array, exchange: Exchange) -> Plan:
   """Plan where each slot goes. Expert `num_experts` is nobody: such slots do not travel."""
   num_slots = expert_ids_S.shape[0]
-  one = jnp.int32(1)
   if exchange.axis is None:
     order = order_rows(expert_ids_S, exchange.num_experts, alignment(num_slots, exchange))
-    return Plan(order, None, None, None, None, expert_ids_S, one)
-  peers = order_rows(expert_ids_S // local_experts(exchange), exchange.num_peers, 1)
-  first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(peers.group_sizes)])
+    return Plan(expert_ids_S, order)
   peer = expert_ids_S // local_experts(exchange)
+  peers = order_rows(peer, exchange.num_peers, 1)
+  first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(peers.group_sizes)])
   position = peers.row_of_slot - first[jnp.minimum(peer, exchange.num_peers - 1)]
   rounds = -(-peers.group_sizes.max() // buffer_rows(num_slots, exchange))
-  rounds = jnp.maximum(one, jax.lax.pmax(rounds, exchange.axis))
-  return Plan(None, peers.slot_of_row, first, position, peer, expert_ids_S, rounds)
+  rounds = jnp.maximum(1, jax.lax.pmax(rounds, exchange.axis))
+  return Plan(expert_ids_S, Crossing(peers.slot_of_row, first, position, peer, rounds))
 
 
-def make_round(plan: Plan, index: jax.Array, exchange: Exchange) -> Round:
-  """Return the routes of round `index`; without an exchange there is one round."""
-  if plan.local is not None:
-    return Round(index, None, plan.local)
+def make_round(plan: Plan, number: jax.Array, exchange: Exchange) -> Round:
+  """Return the routes of round `number`; without an exchange there is one round."""
+  route = plan.route
+  if isinstance(route, RowOrder):
+    return Round(number, None, route)
   num_slots, num_peers = plan.expert_ids.shape[0], exchange.num_peers
   capacity = buffer_rows(num_slots, exchange)
-  place = plan.first_by_peer[:-1, None] + index * capacity + jnp.arange(capacity)
-  filled = place < plan.first_by_peer[1:, None]
-  slots = plan.slot_by_peer[jnp.minimum(place, num_slots - 1)]
+  place = route.first_by_peer[:-1, None] + number * capacity + jnp.arange(capacity)
+  filled = place < route.first_by_peer[1:, None]
+  slots = route.slot_by_peer[jnp.minimum(place, num_slots - 1)]
   slot_of_buffer = jnp.where(filled, slots, num_slots).reshape(-1)
-  mine = local_experts(exchange)
-  nobody = exchange.num_experts
+  mine, nobody = local_experts(exchange), exchange.num_experts
   ids = plan.expert_ids.at[slot_of_buffer].get(mode="fill", fill_value=nobody)
   local_ids = jnp.where(ids < nobody, ids % mine, mine)
   received = _swap(local_ids.reshape(num_peers, -1), exchange).reshape(-1)
   order = order_rows(received, mine, alignment(num_slots, exchange))
-  return Round(index, slot_of_buffer, order)
+  return Round(number, slot_of_buffer, order)
 
 
-def to_experts(
-  values: jax.Array, plan: Plan, this: Round, exchange: Exchange, per_token: int = 1
-) -> jax.Array:
+def to_experts(values: jax.Array, this: Round, exchange: Exchange, per_token: int = 1) -> jax.Array:
   """Return [R, ...]: the values of the slots in expert order; unused rows are unspecified.
 
   Args:
     values: [S // per_token, ...], one per slot, or one per token with `per_token` = K.
+    this: the round. exchange: static.
+    per_token: slots per value.
   """
   if this.slot_of_buffer is None:
-    return take(values, _owner(this.order.slot_of_row, per_token))
-  buffer = take(values, _owner(this.slot_of_buffer, per_token))
+    return take(values, this.order.slot_of_row // per_token)
+  buffer = take(values, this.slot_of_buffer // per_token)
   buffer = buffer.reshape(exchange.num_peers, -1, *values.shape[1:])
   received = _swap(buffer, exchange).reshape(-1, *values.shape[1:])
   return take(received, this.order.slot_of_row)
@@ -158,21 +162,18 @@ def to_home(
   rows: jax.Array, plan: Plan, this: Round, exchange: Exchange, so_far: jax.Array | None
 ) -> jax.Array:
   """Return [S, ...]: each slot's row, 0 for nobody's; slots of other rounds keep `so_far`."""
-  if this.slot_of_buffer is None:
+  route = plan.route
+  if isinstance(route, RowOrder):
     return take(rows, this.order.row_of_slot)
   sent = take(rows, this.order.row_of_slot).reshape(exchange.num_peers, -1, *rows.shape[1:])
   back = _swap(sent, exchange).reshape(-1, *rows.shape[1:])
   capacity = back.shape[0] // exchange.num_peers
-  offset = plan.position - this.index * capacity
-  here = (offset >= 0) & (offset < capacity) & (plan.peer < exchange.num_peers)
-  values = take(back, jnp.where(here, plan.peer * capacity + offset, back.shape[0]))
+  offset = route.position - this.number * capacity
+  here = (offset >= 0) & (offset < capacity) & (route.peer < exchange.num_peers)
+  values = take(back, jnp.where(here, route.peer * capacity + offset, back.shape[0]))
   if so_far is None:
     return values
   return jnp.where(here.reshape(-1, *(1,) * (rows.ndim - 1)), values, so_far)
-
-
-def _owner(slot: jax.Array, per_token: int) -> jax.Array:
-  return slot // per_token
 
 
 def _swap(buffer: jax.Array, exchange: Exchange) -> jax.Array:

@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from mfjax import dispatch
 from mfjax.config import KernelConfig, MeshConfig, ModelConfig, Placement
-from mfjax.dispatch import Exchange, Plan
+from mfjax.dispatch import Exchange, Plan, RowOrder
 from mfjax.layers import expert_matrix, parameter
 from mfjax.router import Router, RouterStatistics
 from mfjax.sharding import BATCH, WEIGHT_AXES, spec
@@ -82,10 +82,10 @@ class _Products:
     }
 
   def token_rows(self, x_TD: jax.Array) -> jax.Array:
-    return dispatch.to_experts(x_TD, self.plan, self.this, self.exchange, self.top_k)
+    return dispatch.to_experts(x_TD, self.this, self.exchange, self.top_k)
 
   def slot_rows(self, x_SF: jax.Array) -> jax.Array:
-    return dispatch.to_experts(x_SF, self.plan, self.this, self.exchange)
+    return dispatch.to_experts(x_SF, self.this, self.exchange)
 
   def slots(self, rows: jax.Array, so_far: jax.Array | None) -> jax.Array:
     return dispatch.to_home(rows, self.plan, self.this, self.exchange, so_far)
@@ -100,9 +100,9 @@ class _Products:
 
 def _rounds(plan: Plan, first: Any, later: Callable[[jax.Array, Any], Any]) -> Any:
   """Fold `later(index, carry)` over the rounds after the first, which gave `first`."""
-  if plan.local is not None:
+  if isinstance(plan.route, RowOrder):
     return first
-  return jax.lax.fori_loop(1, plan.num_rounds, later, first)
+  return jax.lax.fori_loop(1, plan.route.num_rounds, later, first)
 
 
 def _gather(weights: jax.Array, dim: int, layout: ExpertLayout, dtype: Any) -> jax.Array:
@@ -228,9 +228,7 @@ feed_forward.defvjp(_feed_forward, _feed_forward_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project_in(
-  layout: ExpertLayout, x_TD: jax.Array, w: jax.Array, plan: Plan
-) -> jax.Array:
+def project_in(layout: ExpertLayout, x_TD: jax.Array, w: jax.Array, plan: Plan) -> jax.Array:
   """Return [S, F]: each token through the matrix [E, D / gathered, F] of each of its experts."""
   return _project_in(layout, x_TD, w, plan)[0]
 
@@ -316,9 +314,7 @@ def join_banks(banks: Any) -> dict[str, jax.Array]:
   names = sorted(banks)
   if len(names) == 1:
     return {name: banks[names[0]][name][...] for name in ("w_in", "w_out")}
-  return {
-    w: jnp.concatenate([banks[name][w][...] for name in names]) for w in ("w_in", "w_out")
-  }
+  return {w: jnp.concatenate([banks[name][w][...] for name in names]) for w in ("w_in", "w_out")}
 
 
 def bank_specs(banks: Any, mesh: MeshConfig) -> dict[str, P]:

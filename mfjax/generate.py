@@ -53,8 +53,8 @@ def sample(
 
   def run(params: Any, tokens: jax.Array, cache: model.ModelCache, key: jax.Array) -> Any:
     segments = jnp.where(tokens >= 0, 1, 0)
-    hidden, _, cache = model.apply(params, config.model, how, tokens, segments, cache=cache)
-    return choose(params, hidden, key), cache
+    hidden, _, extended = model.apply(params, config.model, how, tokens, segments, cache=cache)
+    return choose(params, hidden, key), extended
 
   def generate(params: Any, tokens: jax.Array, key: jax.Array) -> jax.Array:
     cache = model.empty_cache(config.model, mesh.size, tokens.shape[1] + num_tokens)

@@ -117,7 +117,8 @@ def continuation(
   )
   first = next(batches)
   document = first["tokens"][0][first["segment_ids"][0] == 1]
-  prompt = document[: PROMPT_TOKENS + 1]  # Begins with end-of-text.
+  length = min(PROMPT_TOKENS, len(document) // 2)  # Leave something to continue.
+  prompt = document[: length + 1]  # Begins with end-of-text.
   tokens = generate.sample(
     params,
     config,

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from mfjax.config import AuxLoss, LossConfig, Statistics
 from mfjax.model import Statistics as RouterSums
 from mfjax.router import RouterStatistics
-from mfjax.sharding import AXES, BATCH, WEIGHT_AXES, P
+from mfjax.sharding import AXES, BATCH, WEIGHT_AXES
 
 _EPS = 1e-8  # Inside the marginal's logarithm, as published.
 
@@ -116,9 +117,7 @@ def _chunked(
     is_target_nV = jnp.arange(logits_nV.shape[1]) == target_n[:, None]
     d_logits_nV = jnp.where(mask_n[:, None], d_logits_nV - is_target_nV, 0).astype(dtype)
     d_head += jnp.einsum("nv,nd->vd", d_logits_nV, hidden_nD, preferred_element_type=jnp.float32)
-    d_hidden_nD = jnp.einsum(
-      "nv,vd->nd", d_logits_nV, head_VD, preferred_element_type=jnp.float32
-    )
+    d_hidden_nD = jnp.einsum("nv,vd->nd", d_logits_nV, head_VD, preferred_element_type=jnp.float32)
     return (total, d_head), d_hidden_nD.astype(dtype)
 
   zero = CrossEntropy(*(jnp.float32(0),) * 3)

@@ -1,4 +1,4 @@
-"""ModuleFormer (arXiv 2306.04640): pre-LayerNorm, no positional encoding, routed experts throughout.
+"""ModuleFormer (arXiv 2306.04640): pre-LayerNorm, no positional encoding, every layer routed.
 
     h = embed(tokens);  per layer: h += AttentionExperts(LN1(h)); h += FeedForwardExperts(LN2(h))
 
@@ -127,10 +127,10 @@ class ModuleFormer(nnx.Module):
     table_VD = gathered(self.embedding[...], dtype)
     h_BTD = table_VD.at[tokens_BT].get(out_sharding=BATCH)
     h_BTD = dropout(h_BTD, self.config.embedding_dropout, None if key is None else embed_key)
-    position = cache_segments = None
     if cache is not None:
-      position = cache.position
-      cache_segments = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments_BT, position, 1)
+      write = jax.lax.dynamic_update_slice_in_dim
+      cache = cache._replace(segments=write(cache.segments, segments_BT, cache.position, 1))
+    layer_caches, cache_segments, position = cache or (None, None, None)
     graph, stacked = nnx.split(self.blocks)
 
     def body(h_BTD: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
@@ -141,11 +141,10 @@ class ModuleFormer(nnx.Module):
       )
       return h_BTD, (statistics, layer_cache)
 
-    layer_caches = None if cache is None else cache.layers
     body = _rematerialised(body, self.execution.remat)
     h_BTD, (statistics, layer_caches) = jax.lax.scan(body, h_BTD, (stacked, keys, layer_caches))
     if cache is not None:
-      cache = ModelCache(layer_caches, cache_segments, position + tokens_BT.shape[1])
+      cache = ModelCache(layer_caches, cache.segments, cache.position + tokens_BT.shape[1])
     return self.final_norm(h_BTD), statistics, cache
 
 
@@ -202,9 +201,9 @@ def param_axes(config: ModelConfig) -> Any:
   for path, variable in nnx.to_flat_state(_abstract(config, Execution())[1]):
     node = axes
     for name in path[:-1]:
-      node = node.setdefault(name, {})
+      node = node.setdefault(str(name), {})
     stacked: Axes = ("layers",) if path[0] == "blocks" else ()
-    node[path[-1]] = stacked + variable.axes
+    node[str(path[-1])] = stacked + variable.axes
   return axes
 
 

@@ -1,8 +1,8 @@
 """The device mesh, the rules from logical axes to mesh axes, and how weights are gathered.
 
-Three mesh axes always exist: `data`, `fsdp`, `expert` (size 1 when unused). Batches are sharded over
-all three. What is not expert-parallel shards its d_model over (fsdp, expert) jointly; vectors and
-the routers' last matrices are replicated.
+Three mesh axes always exist: `data`, `fsdp`, `expert` (size 1 when unused). Batches are sharded
+over all three. What is not expert-parallel shards its d_model over (fsdp, expert) jointly; vectors
+and the routers' last matrices are replicated.
 """
 
 import math
@@ -45,7 +45,11 @@ def resolve_axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def check_divisible(
-  model: ModelConfig, mesh: MeshConfig, data: DataConfig, microbatches: int, sizes: Mapping[str, int]
+  model: ModelConfig,
+  mesh: MeshConfig,
+  data: DataConfig,
+  microbatches: int,
+  sizes: Mapping[str, int],
 ) -> None:
   """Raise ValueError, naming the axis and a size that works, unless every sharded size divides."""
   batch_shards = math.prod(sizes.values()) * microbatches
@@ -54,7 +58,7 @@ def check_divisible(
       f"data.batch_rows={data.batch_rows} is not divisible by data*fsdp*expert*microbatches="
       f"{batch_shards}: data.batch_rows={_next_multiple(data.batch_rows, batch_shards)} works"
     )
-  checks = [("model.d_model", model.d_model, WEIGHT_AXES)]
+  checks: list[tuple[str, int, tuple[str, ...]]] = [("model.d_model", model.d_model, WEIGHT_AXES)]
   for kind, placement, count in (
     ("attention", mesh.attention_placement, model.num_attention_experts),
     ("ff", mesh.ff_placement, model.num_ff_experts),

@@ -85,8 +85,6 @@ def train(
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   config = train_step.resolve(config, mesh)
   abstract_state = train_step.abstract_state(config, mesh)
-  if jax.process_index() == 0:
-    write_config(workdir, config)
   with contextlib.ExitStack() as stack:
     checkpointer = checkpoint.Checkpointer(workdir, config.checkpoint, config)
     stack.enter_context(contextlib.closing(checkpointer))
@@ -100,6 +98,8 @@ def train(
       state=start.data_state or None,
     )
     stack.enter_context(contextlib.closing(stream))
+    if jax.process_index() == 0:  # Not before: a mistake must not lay down the workdir's config.
+      write_config(workdir, config)
     writer = open_writers(workdir, config.train, start.step, first=jax.process_index() == 0)
     stack.enter_context(contextlib.closing(writer))
     run = _Run(config, workdir, index, mesh, checkpointer, writer, stop, resume_command, start)
@@ -245,7 +245,7 @@ class _Run:
       )
 
   def _last_good(self) -> str:
-    steps = self.checkpointer.latest_steps()
+    steps = self.checkpointer.complete_steps()
     if not steps:
       return "No checkpoint was saved yet"
     return f"The last good checkpoint is {self.workdir / 'checkpoints' / str(steps[0])}"

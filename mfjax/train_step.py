@@ -1,7 +1,7 @@
 """One training step: a pure function of (state, batch), jitted over the mesh.
 
-State: {'params', 'optimizer', 'step': int32, 'skipped': int32 steps skipped in a row}. Randomness of
-step n is fold_in(key(seed), n). Same seed and mesh give the same bits on CPU and TPU; on a GPU
+State: {'params', 'optimizer', 'step': int32, 'skipped': int32 steps skipped in a row}. Randomness
+of step n is fold_in(key(seed), n). Same seed and mesh give the same bits on CPU and TPU; on a GPU
 the embedding's gradient is a scatter-add, deterministic only under --xla_gpu_deterministic_ops.
 """
 
@@ -21,6 +21,7 @@ from mfjax import losses, model, sharding
 from mfjax.config import KernelConfig, RunConfig, Statistics
 from mfjax.model import Execution
 from mfjax.optimizer import learning_rate, make_optimizer
+from mfjax.router import RouterStatistics
 
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -40,12 +41,17 @@ def resolve_kernels(config: KernelConfig, platform: str) -> KernelConfig:
 
 
 def resolve(config: RunConfig, mesh: Mesh) -> RunConfig:
-  """Return the config with kernels chosen for the mesh's platform, after checking all sizes."""
+  """Return the config with kernels chosen for the mesh's platform, after checking all sizes.
+
+  Raises:
+    ValueError: a size does not divide, or a kernel does not exist; names what would work.
+  """
   sizes = dict(mesh.shape)
-  sharding.check_divisible(
-    config.model, config.mesh, config.data, config.train.microbatches, sizes
-  )
-  kernels = resolve_kernels(config.kernels, mesh.devices.flat[0].platform)
+  sharding.check_divisible(config.model, config.mesh, config.data, config.train.microbatches, sizes)
+  try:
+    kernels = resolve_kernels(config.kernels, mesh.devices.flat[0].platform)
+  except NotImplementedError as error:
+    raise ValueError(f"config.kernels: {error}") from error
   return dataclasses.replace(config, kernels=kernels)
 
 
@@ -156,9 +162,7 @@ def in_mesh(function: Any, mesh: Mesh) -> Any:
   return call
 
 
-def _gradients(
-  config: RunConfig, params: Any, batch: Batch, key: jax.Array
-) -> tuple[Any, Metrics]:
+def _gradients(config: RunConfig, params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
   """Return gradients and metrics of a batch, summed over its microbatches."""
   count = config.train.microbatches
   tokens = jnp.maximum((batch["segment_ids"] > 0).sum(dtype=jnp.float32), 1)
@@ -227,9 +231,9 @@ def _strided(rows: jax.Array, count: int) -> jax.Array:
 def _zero_sums(config: RunConfig) -> model.Statistics:
   layers = config.model.num_layers
 
-  def zeros(num_experts: int) -> model.RouterStatistics:
+  def zeros(num_experts: int) -> RouterStatistics:
     per_layer, per_expert = jnp.zeros(layers), jnp.zeros((layers, num_experts))
-    return model.RouterStatistics(per_layer, per_expert, per_expert, per_layer, per_layer)
+    return RouterStatistics(per_layer, per_expert, per_expert, per_layer, per_layer)
 
   return model.Statistics(
     zeros(config.model.num_attention_experts), zeros(config.model.num_ff_experts)

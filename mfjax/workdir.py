@@ -20,10 +20,9 @@ _MAY_CHANGE = (
   "evaluate.",
   "checkpoint.",
   "profile.",
+  "data.path",  # The data state names the digest of what it was drawn from.
   "data.prefetch_batches",
-  "data.read_threads",
   "loss.chunk_tokens",
-  "train.microbatches",
   "train.remat",
   "train.max_skipped_steps",
   "train.log_every",
@@ -64,7 +63,7 @@ def check_config(workdir: epath.PathLike, run_config: RunConfig, *, allow: bool 
   if differences and not allow:
     raise ValueError(
       f"workdir {directory} was begun with another configuration (saved != given): "
-      f"{'; '.join(differences)}: give the saved values or another workdir"
+      f"{'; '.join(differences)}: give the saved values, another workdir or --allow_config_change"
     )
   for difference in differences:
     _LOG.warning("configuration changed (saved != given): %s", difference)

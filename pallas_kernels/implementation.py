@@ -20,4 +20,6 @@ def check_available(
   """Raise NotImplementedError, naming what can, unless `implementation` is available."""
   if implementation not in available:
     names = ", ".join(choice.value for choice in available)
-    raise NotImplementedError(f"{operation} has no {implementation.value!r} implementation: use {names}")
+    raise NotImplementedError(
+      f"{operation} has no {implementation.value!r} implementation: use {names}"
+    )

@@ -1,4 +1,4 @@
-"""Awkward shapes and tolerances that every implementation of an operation is tested with."""
+"""Awkward shapes that every implementation of an operation is tested with."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ LENGTHS = {"short": (5, 5), "blocks": (128, 128), "ragged": (150, 150), "history
 def aligned_rows(
   group_sizes: list[int], width: int, alignment: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Return float32 rows [m, width] in the aligned layout, NaN where unused, and the used mask [m]."""
+  """Return float32 rows [m, width], aligned, NaN where unused, and the mask [m] of used rows."""
   rng = np.random.default_rng(seed)
   starts = np.cumsum([0, *(-(-size // alignment) * alignment for size in group_sizes)])
   rows = np.full((starts[-1] + alignment, width), np.nan, np.float32)

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 import tensorstore
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -296,6 +297,22 @@ def test_keep_rules(open_checkpointer, states):
     checkpointer.save(step, states[0], {})
   checkpointer.wait()
   assert checkpointer.latest_steps() == [11, 10, 8, 4]
+
+
+def test_digests_are_on_the_disk_before_and_after_they_count(tmp_path, monkeypatch):
+  synced, sync = [], os.fsync
+
+  def record(descriptor):
+    synced.append((pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, names(tmp_path)))
+    sync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", record)
+  (tmp_path / "data").write_text("x")
+  digests.write(epath.Path(tmp_path))
+  assert synced == [
+    ("digests.json.tmp", ["data", "digests.json.tmp"]),
+    (tmp_path.name, ["data", "digests.json"]),
+  ]
 
 
 def test_saves_only_what_is_due_or_forced(tmp_path, states):

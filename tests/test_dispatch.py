@@ -52,7 +52,7 @@ def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
 
     def run(index, so_far):
       this = dispatch.make_round(plan, index, exchange)
-      rows = dispatch.to_experts(x, plan, this, exchange, top_k)
+      rows = dispatch.to_experts(x, this, exchange, top_k)
       sizes = this.order.group_sizes
       starts = group_starts(sizes, dispatch.alignment(ids.shape[0], exchange))
       row = jnp.arange(rows.shape[0])[:, None]
@@ -63,7 +63,7 @@ def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
       return dispatch.to_home(rows, plan, this, exchange, so_far)
 
     first = run(jnp.int32(0), None)
-    return jax.lax.fori_loop(1, plan.num_rounds, run, first), plan.num_rounds[None]
+    return jax.lax.fori_loop(1, plan.route.num_rounds, run, first), plan.route.num_rounds[None]
 
   sharded = P("expert")
   function = jax.shard_map(

@@ -92,9 +92,7 @@ def test_gradient_of_every_parameter(name):
   tokens = expected["tokens"]
 
   def loss(params):
-    hidden, sums, _ = model.apply(
-      params, config, Execution(kernels=XLA), tokens, expected["whole"]
-    )
+    hidden, sums, _ = model.apply(params, config, Execution(kernels=XLA), tokens, expected["whole"])
     aux = losses.aux_loss(sums, AuxLoss.MUTUAL_INFORMATION)
     return _entropy(params, config, hidden, tokens) + 0.1 * aux
 

@@ -21,7 +21,9 @@ def one_device():
 
 
 def route(gate=Gate.MLP, sample_top_k=0, key=None, tokens=400):
-  config = dataclasses.replace(tiny.MODEL, gate=gate, sample_top_k=sample_top_k, attention_top_k=3, ff_top_k=3)
+  config = dataclasses.replace(
+    tiny.MODEL, gate=gate, sample_top_k=sample_top_k, attention_top_k=3, ff_top_k=3
+  )
   router = Router(NUM, TOP_K, config, nnx.Rngs(params=0))
   x = jax.random.normal(jax.random.key(1), (2, tokens, config.d_model))
   x = jax.sharding.reshard(x, sharding.BATCH)

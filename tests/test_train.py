@@ -282,10 +282,11 @@ def test_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
 
 
 class FailingCheckpointer(checkpoint.Checkpointer):
-  """A disk that is full at step 2 only."""
+  """A disk that is full at step 2 only, and on which an incomplete step 2 stays."""
 
   def save(self, step, *args, **kwargs):
     if step == 2:
+      self._path(step).mkdir(parents=True)
       raise checkpoint.CheckpointSaveError("step 2 could not be saved: no space left")
     return super().save(step, *args, **kwargs)
 

@@ -8,6 +8,7 @@ import pytest
 from mfjax.config import (
   AuxLoss,
   DType,
+  KernelConfig,
   LossConfig,
   OptimizerConfig,
   Placement,
@@ -15,6 +16,7 @@ from mfjax.config import (
   Statistics,
   TrainConfig,
 )
+from pallas_kernels.implementation import Implementation
 from tests import tiny
 
 GATHERED = {"attention_placement": Placement.FSDP, "ff_placement": Placement.FSDP}
@@ -92,6 +94,12 @@ def test_rematerialisation_changes_nothing(remat):
   expected, _ = one_device()
   run = tiny.Run(tiny.run_config(train=TrainConfig(steps=20, remat=remat)))
   np.testing.assert_allclose(tiny.losses(run.train(tiny.batches(3))), expected[:3], rtol=1e-6)
+
+
+def test_a_kernel_that_does_not_exist_is_a_mistake_of_the_config():
+  kernels = KernelConfig(stick_breaking=Implementation.PALLAS_GPU)
+  with pytest.raises(ValueError, match=r"config\.kernels: .* use reference, xla"):
+    tiny.Run(tiny.run_config(kernels=kernels))
 
 
 def test_a_step_that_is_not_finite_is_skipped():

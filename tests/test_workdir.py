@@ -36,9 +36,9 @@ def test_a_missing_or_empty_directory_is_free(tmp_path):
     changed("evaluate", every=7),
     changed("checkpoint", keep_last=9),
     changed("profile", num_steps=3),
-    changed("data", prefetch_batches=9, read_threads=3),
+    changed("data", prefetch_batches=9),
     changed("loss", chunk_tokens=16),
-    changed("train", microbatches=2, log_every=1, tensorboard=False, max_skipped_steps=1),
+    changed("train", log_every=1, tensorboard=False, max_skipped_steps=1),
   ],
   ids=lambda config: RunConfig().differences(config)[0],
 )

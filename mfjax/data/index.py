@@ -188,7 +188,10 @@ def open_index(path: str | os.PathLike[str]) -> DataIndex:
     raise ValueError("data.path is empty: give a directory that `mfjax prepare` wrote")
   path = pathlib.Path(path)
   if not path.is_dir():
-    raise ValueError(f"data.path={str(path)!r} is no directory: run `mfjax prepare --out={path}`")
+    raise ValueError(
+      f"data.path={str(path)!r} is no directory: run `mfjax prepare --out={path}` with --input "
+      "or --corpus"
+    )
   file = path / INDEX_NAME
   if not file.is_file():
     raise ValueError(f"{path} holds no {INDEX_NAME}: it is not a directory `mfjax prepare` wrote")

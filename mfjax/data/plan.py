@@ -53,7 +53,7 @@ def shares_of(index: DataIndex, mixture: Mapping[str, float]) -> dict[str, Fract
   trainable = {name: split for name, split in trainable.items() if split.documents}
   for name in mixture:
     if name not in trainable:
-      raise ValueError(f"mixture: {unknown_name(name, trainable, 'domain')}")
+      raise ValueError(f"data.mixture: {unknown_name(name, trainable, 'domain')}")
   weights = {name: Fraction(weight) for name, weight in mixture.items()} or {
     name: Fraction(split.tokens + split.documents) for name, split in trainable.items()
   }

@@ -77,18 +77,21 @@ def grouped_matmul(
       f"{rhs.shape}, {group_sizes.shape} with transpose_rhs={transpose_rhs}"
     )
   starts = group_starts(group_sizes, alignment)
-  if implementation is Implementation.REFERENCE:
-    rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
-    return reference.matmul(lhs, rhs, starts, group_sizes).astype(lhs.dtype)
-  return xla.matmul(
-    lhs,
-    rhs,
-    starts,
-    group_sizes,
-    tile=alignment,
-    transpose_rhs=transpose_rhs,
-    out_dtype=lhs.dtype,
-  )
+  match implementation:
+    case Implementation.REFERENCE:
+      rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
+      return reference.matmul(lhs, rhs, starts, group_sizes).astype(lhs.dtype)
+    case Implementation.XLA:
+      return xla.matmul(
+        lhs,
+        rhs,
+        starts,
+        group_sizes,
+        tile=alignment,
+        transpose_rhs=transpose_rhs,
+        out_dtype=lhs.dtype,
+      )
+  raise AssertionError(f"{implementation} is available but not called")
 
 
 def grouped_outer(
@@ -112,6 +115,9 @@ def grouped_outer(
   if lhs.ndim != 2 or rhs.ndim != 2 or lhs.shape[0] != rhs.shape[0]:
     raise ValueError(f"grouped_outer needs [m, k] and [m, n]; got {lhs.shape} and {rhs.shape}")
   starts = group_starts(group_sizes, alignment)
-  if implementation is Implementation.REFERENCE:
-    return reference.outer(lhs, rhs, starts, group_sizes)
-  return xla.outer(lhs, rhs, starts, group_sizes, tile=alignment)
+  match implementation:
+    case Implementation.REFERENCE:
+      return reference.outer(lhs, rhs, starts, group_sizes)
+    case Implementation.XLA:
+      return xla.outer(lhs, rhs, starts, group_sizes, tile=alignment)
+  raise AssertionError(f"{implementation} is available but not called")

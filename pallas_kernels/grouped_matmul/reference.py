@@ -10,9 +10,7 @@ def _rows_of_groups(m: int, starts: jax.Array, group_sizes: jax.Array) -> jax.Ar
   return (row >= starts[:, None]) & (row < (starts + group_sizes)[:, None])
 
 
-def matmul(
-  lhs: jax.Array, rhs: jax.Array, starts: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
+def matmul(lhs: jax.Array, rhs: jax.Array, starts: jax.Array, group_sizes: jax.Array) -> jax.Array:
   """Return float32 [m, n]: lhs [m, k] times rhs [g, k, n] of the row's group; 0 in unused rows."""
   member = _rows_of_groups(lhs.shape[0], starts, group_sizes)
   rows = jnp.where(member[:, :, None], lhs[None].astype(jnp.float32), 0)

@@ -1,4 +1,4 @@
-"""Stick-breaking attention (arXiv 2410.17980), the current token included, the remainder dropped."""
+"""Stick-breaking attention (arXiv 2410.17980), current token included, remainder dropped."""
 
 from pallas_kernels.stick_breaking.api import resolve, stick_breaking_attention
 

@@ -62,11 +62,14 @@ def stick_breaking_attention(
       f"{q_segments.shape}, {k_segments.shape} for q {q.shape}, k {k.shape}"
     )
   scale = q.shape[-1] ** -0.5
-  if implementation is Implementation.REFERENCE:
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    position = jnp.arange(num_queries) + num_keys - num_queries
-    allowed = jnp.arange(num_keys)[None, :] <= position[:, None]
-    allowed = allowed & (q_segments[:, :, None] == k_segments[:, None, :])
-    allowed = allowed & (k_segments > 0)[:, None, :]
-    return reference.attention(q, k, v, allowed, scale).astype(q.dtype)
-  return xla.attention(q, k, v, (q_segments, k_segments), scale)
+  match implementation:
+    case Implementation.REFERENCE:
+      num_queries, num_keys = q.shape[1], k.shape[1]
+      position = jnp.arange(num_queries) + num_keys - num_queries
+      allowed = jnp.arange(num_keys)[None, :] <= position[:, None]
+      allowed = allowed & (q_segments[:, :, None] == k_segments[:, None, :])
+      allowed = allowed & (k_segments > 0)[:, None, :]
+      return reference.attention(q, k, v, allowed, scale).astype(q.dtype)
+    case Implementation.XLA:
+      return xla.attention(q, k, v, (q_segments, k_segments), scale)
+  raise AssertionError(f"{implementation} is available but not called")

@@ -7,6 +7,7 @@ in float32. Deterministic: every sum has one order.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,13 @@ def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
   size = max(_MIN_BLOCK, -(-num_queries // _NUM_BLOCKS))
   history = num_keys - num_queries
   edges = [*range(0, num_queries, size), num_queries]
-  return [(a, b, history + b) for a, b in zip(edges, edges[1:], strict=False)]
+  return [(a, b, history + b) for a, b in itertools.pairwise(edges)]
 
 
 def _weights(
   q: jax.Array, k: jax.Array, segments: Segments, first: int, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Return the weights A and beta, float32 [b, s, h, q, t], of queries that start at key `first`."""
+  """Return weights A and beta, float32 [b, s, h, q, t]; the first query sits at key `first`."""
   q_segments, k_segments = segments
   causal = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(q.shape[1])[:, None]
   same = q_segments[:, :, None] == k_segments[:, None, :]
@@ -85,9 +86,16 @@ def _backward(
     g = weights * einsum("bqshd,bthd->bshqt", d_block, v[:, :t])
     d_logits = (scale * (g - beta * jax.lax.cumsum(g, axis=4))).astype(q.dtype)
     dq.append(einsum("bshqt,bthd->bqshd", d_logits, k[:, :t]).astype(q.dtype))
-    dk = dk.at[:, :t].add(einsum("bshqt,bqshd->bthd", d_logits, q[:, a:b]))
-    dv = dv.at[:, :t].add(einsum("bshqt,bqshd->bthd", weights.astype(v.dtype), d_block))
+    dk = _add_first(dk, einsum("bshqt,bqshd->bthd", d_logits, q[:, a:b]))
+    dv = _add_first(dv, einsum("bshqt,bqshd->bthd", weights.astype(v.dtype), d_block))
   return jnp.concatenate(dq, axis=1), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 attention.defvjp(_forward, _backward)
+
+
+def _add_first(total: jax.Array, part: jax.Array) -> jax.Array:
+  """Add [b, t, ...] to the first t keys."""
+  # `.at[:, :t].add` crashes the CPU compiler of JAX 0.11.2 under shard_map.
+  t = part.shape[1]
+  return jnp.concatenate([total[:, :t] + part, total[:, t:]], axis=1)

@@ -30,11 +30,18 @@ def test_dry_run_reports_and_touches_nothing(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_number_of_devices_is_free(tmp_path):
+  done = _mfjax(tmp_path, "train", "--config=molm_350m_4b", "--dry_run", "--num_devices=64")
+  assert "mesh of 64 devices: data=4 x fsdp=16 x expert=1" in done.stdout
+
+
 @pytest.mark.parametrize(
   ("args", "text"),
   [
     (("--config=molm_350m_4b", "--config.mesh.fsdp=7"), "batch_rows=1536 is not divisible by"),
     (("--config=molm_350m_4b", "--config.model.dff=7"), "did you mean 'config.model.d_ff'?"),
+    (("--config=molm_350m_4b", "--num_devices=63"), "does not fit 63 devices"),
+    (("--config=molm_350m_4b", "--num_devices=0"), "--num_devices=0"),
     (("--config=molm_350m_4b", "extra"), "extra"),
   ],
 )

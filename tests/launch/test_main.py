@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from absl import logging
 
 
 def test_overview_lists_each_command_with_its_line(mfjax):
@@ -71,7 +72,16 @@ def test_file_error_is_one_sentence(mfjax):
 
 def test_interrupt_is_one_sentence(mfjax):
   outcome = mfjax("probe", "--raise=KeyboardInterrupt")
-  assert (outcome.code, outcome.err) == (130, "mfjax probe: error: interrupted\n")
+  assert (outcome.code, outcome.err) == (130, "mfjax: error: interrupted\n")
+
+
+def test_interrupt_of_an_import_is_one_sentence(mfjax, monkeypatch):
+  def interrupt(name):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr("importlib.import_module", interrupt)
+  outcome = mfjax("probe")
+  assert (outcome.code, outcome.err) == (130, "mfjax: error: interrupted\n")
 
 
 def test_programming_error_keeps_its_traceback(mfjax):
@@ -82,6 +92,12 @@ def test_programming_error_keeps_its_traceback(mfjax):
 def test_traceback_of_a_mistake_on_request(mfjax, caplog):
   mfjax("probe", "-v=1", "--config=absent.py")
   assert "ValueError: --config=absent.py" in caplog.text
+
+
+@pytest.mark.parametrize(("args", "level"), [((), logging.WARNING), (("-v=0",), logging.INFO)])
+def test_libraries_talk_only_on_request(mfjax, args, level):
+  mfjax("probe", "--config=quickstart", *args)
+  assert logging.get_verbosity() == level
 
 
 def test_overview_needs_no_jax_and_half_a_second():

@@ -1,5 +1,6 @@
 """`mfjax train`: exit codes, and what signals do."""
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -58,6 +59,31 @@ def test_missing_data_is_one_sentence_before_a_device_is_touched(run, monkeypatc
   assert "missing" in outcome.err
   assert "Traceback" not in outcome.err
   assert not (tmp_path / "w").exists()
+
+
+def test_number_of_devices_is_only_for_a_dry_run(run):
+  outcome = run(lambda *args, **kwargs: Exit.FINISHED, "--num_devices=8")
+  assert outcome.code == 2
+  assert "--num_devices is for --dry_run" in outcome.err
+
+
+VIRTUAL = "--xla_force_host_platform_device_count="
+
+
+@pytest.mark.parametrize(
+  ("environment", "threads"),
+  [
+    ({}, None),
+    ({"XLA_FLAGS": f"{VIRTUAL}1"}, None),
+    ({"XLA_FLAGS": f"--xla_a=1 {VIRTUAL}8"}, "16"),
+    ({"XLA_FLAGS": f"{VIRTUAL}2 {VIRTUAL}64 --xla_a=1"}, "128"),
+    ({"XLA_FLAGS": f"{VIRTUAL}8", "NPROC": "3"}, "3"),
+  ],
+)
+def test_virtual_devices_get_two_threads_each(mfjax, environment, threads, monkeypatch):
+  monkeypatch.setattr("os.cpu_count", lambda: 4)
+  importlib.import_module("launch.train").size_thread_pool(environment)
+  assert environment.get("NPROC") == threads
 
 
 def start_listening(where):

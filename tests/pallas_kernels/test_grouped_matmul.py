@@ -28,7 +28,7 @@ def oracle_outer(a, b, sizes, alignment):
   return out
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("implementation", api.AVAILABLE)
 @pytest.mark.parametrize("case", testing.GROUP_SIZES)
 def test_products_equal_the_oracle_and_ignore_unused_rows(case, implementation, dtype, tolerance):
@@ -60,7 +60,7 @@ def test_unavailable_implementations_and_wrong_shapes_are_named():
     api.grouped_matmul(x, w, sizes, alignment=8, implementation=Implementation.PALLAS_GPU)
   with pytest.raises(NotImplementedError, match="pallas_tpu"):
     api.resolve(Implementation.PALLAS_TPU, "tpu")
+  bad = jnp.ones((2, 5, 4))
   with pytest.raises(ValueError, match=r"\(8, 4\), \(2, 5, 4\)"):
-    bad = jnp.ones((2, 5, 4))
     api.grouped_matmul(x, bad, sizes, alignment=8, implementation=Implementation.XLA)
   assert api.resolve(Implementation.AUTO, "cpu") is Implementation.XLA
