@@ -15,9 +15,9 @@ from flax import nnx
 
 from mfjax import experts
 from mfjax.config import KernelConfig, MeshConfig, ModelConfig
-from mfjax.layers import expert_matrix, normal, parameter
+from mfjax.layers import expert_matrix, linear, normal, parameter
 from mfjax.router import Router, RouterStatistics
-from mfjax.sharding import BATCH, gathered
+from mfjax.sharding import BATCH
 from pallas_kernels.stick_breaking import stick_breaking_attention
 
 
@@ -57,13 +57,13 @@ class AttentionExperts(nnx.Module):
     self.experts = nnx.Dict(bank_0=bank)
     if not config.identity_kv:
 
-      def linear() -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array]]:
+      def draw() -> tuple[nnx.Param[jax.Array], nnx.Param[jax.Array]]:
         weight = normal(rngs, (d_model, width), d_model, config)
         bias = jnp.zeros(width, jnp.float32)
         return parameter(weight, ("d_model", None)), parameter(bias, (None,))
 
-      self.w_key, self.b_key = linear()
-      self.w_value, self.b_value = linear()
+      self.w_key, self.b_key = draw()
+      self.w_value, self.b_value = draw()
 
   def __call__(
     self,
@@ -140,12 +140,7 @@ class AttentionExperts(nnx.Module):
       return k_BTHh, k_BTHh
 
     def project(weight: jax.Array, bias: jax.Array) -> jax.Array:
-      y_BTA = jnp.einsum(
-        "btd,da->bta",
-        x_BTD,
-        gathered(weight, x_BTD.dtype),
-        preferred_element_type=jnp.float32,
-      )
+      y_BTA = linear(x_BTD, weight, is_sharded=True)
       return (y_BTA + bias).astype(x_BTD.dtype).reshape(shape, out_sharding=BATCH)
 
     return (

@@ -133,10 +133,14 @@ class Init(enum.Enum):
 
 
 class Remat(enum.Enum):
-  """What the backward pass recomputes: nothing, all but matrix products' results, everything."""
+  """What the backward pass recomputes.
+
+  `none`: nothing. `selective`: all but routing plans, the feed-forward experts' first products and
+  the residual stream between a layer's two halves. `full`: everything but the layers' inputs.
+  """
 
   NONE = "none"
-  SAVE_MATMULS = "save_matmuls"
+  SELECTIVE = "selective"
   FULL = "full"
 
 
@@ -376,7 +380,11 @@ class LossConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(_Checked):
-  """AdamW with a warm-up and a schedule over `TrainConfig.steps`."""
+  """AdamW with a warm-up and a schedule over `TrainConfig.steps`.
+
+  `clip_norm` 0: no clipping. With a bfloat16 `gradient_dtype` the sum over microbatches rounds
+  after each of them.
+  """
 
   learning_rate: float = 3e-4
   schedule: Schedule = Schedule.COSINE
@@ -393,8 +401,8 @@ class OptimizerConfig(_Checked):
   second_moment_dtype: DType = DType.FLOAT32
 
   def _validate(self) -> None:
-    _positive(self, "learning_rate", "eps", "clip_norm")
-    _not_negative(self, "warmup_steps", "weight_decay")
+    _positive(self, "learning_rate", "eps")
+    _not_negative(self, "warmup_steps", "weight_decay", "clip_norm")
     _fraction(self, "beta1", "beta2")
     for name in ("decay_fraction", "final_fraction"):
       value = getattr(self, name)

@@ -6,7 +6,7 @@ Memory of parameters, gradients and moments is exact for the given shardings. Ac
 estimate, each line with its formula: what a layer's backward pass keeps, the layer at work, its
 gathered weights and one chunk of logits, all taken to exist at once. Buffers of the exchange and
 the unused rows between groups of experts are left out. Against XLA's own figure for a float32 step
-on CPU (8 devices, 8 layers, d_model 256) the sum was 0.96 to 1.02 with remat full or save_matmuls,
+on CPU (8 devices, 8 layers, d_model 256) the sum was 0.96 to 1.02 with remat full or selective,
 0.89 with none.
 """
 
@@ -185,7 +185,7 @@ def _kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, str]:
     return residual, f"{width} d_model"
   picks = config.attention_top_k + config.ff_top_k
   hidden = config.ff_top_k * config.d_ff * width
-  if remat is Remat.SAVE_MATMULS:
+  if remat is Remat.SELECTIVE:
     total = 2 * residual + hidden + 4 * picks * _INT32_BYTES
     return total, f"{width} (2 d_model + ff_top_k d_ff) + 16 (attention_top_k + ff_top_k)"
   queries = config.attention_top_k * config.d_attention * width

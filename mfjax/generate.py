@@ -36,8 +36,10 @@ def sample(
     int32 [num_tokens].
 
   Raises:
-    ValueError: an empty prompt.
+    ValueError: an empty prompt or continuation.
   """
+  if num_tokens < 1:
+    raise ValueError(f"num_tokens={num_tokens} must be positive")
   if len(prompt) == 0:
     raise ValueError("the prompt has no token: begin with end-of-text")
   how = dataclasses.replace(execution(config), remat=Remat.NONE)
@@ -52,7 +54,7 @@ def sample(
     return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
 
   def run(params: Any, tokens: jax.Array, cache: model.ModelCache, key: jax.Array) -> Any:
-    segments = jnp.where(tokens >= 0, 1, 0)
+    segments = jax.sharding.reshard(jnp.ones(tokens.shape, jnp.int32), sharding.BATCH)
     hidden, _, extended = model.apply(params, config.model, how, tokens, segments, cache=cache)
     return choose(params, hidden, key), extended
 

@@ -1,16 +1,25 @@
-"""Parameters with logical axes, layer normalisation and dropout.
+"""Parameters with logical axes, embedding, linear maps, layer normalisation and dropout.
 
-Shapes: B batch rows, T positions, D d_model.
+The embedding and linear maps have gradients of their own: weights are cast to the compute dtype for
+their products, yet their gradients are summed, over tokens and devices, in float32. JAX's own
+transposition would sum them in the compute dtype, and a bf16 sum stops growing.
+
+Shapes: B batch rows, T positions, D d_model, V vocabulary, n tokens of one device, i inputs,
+o outputs.
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from mfjax.config import Init, ModelConfig
-from mfjax.sharding import Axes
+from mfjax.sharding import BATCH, WEIGHT_AXES, Axes
+from pallas_kernels.precision import matmul_precision
 
 
 def parameter(value: jax.Array, axes: Axes) -> nnx.Param[jax.Array]:
@@ -54,6 +63,89 @@ class LayerNorm(nnx.Module):
     variance = jnp.square(x - mean).mean(-1, keepdims=True)
     normed = (x - mean) * jax.lax.rsqrt(variance + self.eps)
     return (normed * self.weight[...] + self.bias[...]).astype(x_BTD.dtype)
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+  """Return the tokens' rows, [B, T, D] in `dtype`, of a float32 table sharded on D.
+
+  The gradient is a float32 scatter-add: on a GPU its order, hence its rounding, may vary.
+  """
+  lookup = functools.partial(_lookup, jnp.dtype(dtype))
+  specs = (P(None, WEIGHT_AXES), BATCH)
+  apply = jax.shard_map(lookup, in_specs=specs, out_specs=BATCH, check_vma=False)
+  return apply(table_VD, tokens_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(dtype: Any, table: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+  whole_VD = jax.lax.all_gather(table.astype(dtype), WEIGHT_AXES, axis=1, tiled=True)
+  return whole_VD[tokens_BT]
+
+
+def _lookup_forward(dtype: Any, table: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, Any]:
+  return _lookup(dtype, table, tokens_BT), (tokens_BT, table.shape[0])
+
+
+def _lookup_backward(dtype: Any, saved: Any, d_rows_BTD: jax.Array) -> tuple[jax.Array, None]:
+  del dtype
+  tokens_BT, vocabulary = saved
+  zeros = jnp.zeros((vocabulary, d_rows_BTD.shape[-1]), jnp.float32)
+  d_whole = zeros.at[tokens_BT].add(d_rows_BTD.astype(jnp.float32))
+  return jax.lax.psum_scatter(d_whole, WEIGHT_AXES, scatter_dimension=1, tiled=True), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def linear(x_BTi: jax.Array, weight_io: jax.Array, *, is_sharded: bool) -> jax.Array:
+  """Return float32 [B, T, o]: x times a float32 weight cast to x's dtype, summed in float32.
+
+  Args:
+    x_BTi: sharded on B.
+    weight_io: sharded on its inputs (`is_sharded`) or whole on every device.
+    is_sharded: as said.
+  """
+  axes = WEIGHT_AXES if is_sharded else ()
+  specs = (BATCH, P(axes or None, None))
+  product = functools.partial(_product, axes)
+  apply = jax.shard_map(product, in_specs=specs, out_specs=BATCH, check_vma=False)
+  return apply(x_BTi, weight_io)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(axes: tuple[str, ...], x_BTi: jax.Array, weight: jax.Array) -> jax.Array:
+  return _dot("bti,io->bto", x_BTi, _whole(axes, weight, x_BTi.dtype))
+
+
+def _product_forward(
+  axes: tuple[str, ...], x_BTi: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, Any]:
+  return _product(axes, x_BTi, weight), (x_BTi, weight)
+
+
+def _product_backward(
+  axes: tuple[str, ...], saved: Any, dy_BTo: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  x_BTi, weight = saved
+  dy_BTo = dy_BTo.astype(x_BTi.dtype)
+  dx_BTi = _dot("bto,io->bti", dy_BTo, _whole(axes, weight, x_BTi.dtype)).astype(x_BTi.dtype)
+  d_weight = _dot("bti,bto->io", x_BTi, dy_BTo)
+  if axes:
+    d_weight = jax.lax.psum_scatter(d_weight, axes, scatter_dimension=0, tiled=True)
+  return dx_BTi, d_weight
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _whole(axes: tuple[str, ...], weight: jax.Array, dtype: Any) -> jax.Array:
+  weight = weight.astype(dtype)
+  return jax.lax.all_gather(weight, axes, axis=0, tiled=True) if axes else weight
+
+
+def _dot(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  precision = matmul_precision(a.dtype)
+  return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -15,6 +15,7 @@ from mfjax.config import AuxLoss, LossConfig, Statistics
 from mfjax.model import Statistics as RouterSums
 from mfjax.router import RouterStatistics
 from mfjax.sharding import AXES, BATCH, WEIGHT_AXES
+from pallas_kernels.precision import matmul_precision
 
 _EPS = 1e-8  # Inside the marginal's logarithm, as published.
 
@@ -94,6 +95,9 @@ def _chunked(
   head_VD = jax.lax.all_gather(head.astype(dtype), WEIGHT_AXES, axis=1, tiled=True)
   in_vocabulary = jnp.arange(head_VD.shape[0]) < options.vocab_size
   pad = -num_tokens % options.chunk
+  dot = functools.partial(
+    jnp.einsum, precision=matmul_precision(dtype), preferred_element_type=jnp.float32
+  )
 
   def split(x: jax.Array) -> jax.Array:
     x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
@@ -102,7 +106,7 @@ def _chunked(
   def one_chunk(carry: Any, xs: Any) -> tuple[Any, Any]:
     total, d_head = carry
     hidden_nD, target_n, mask_n = xs
-    logits_nV = jnp.einsum("nd,vd->nv", hidden_nD, head_VD, preferred_element_type=jnp.float32)
+    logits_nV = dot("nd,vd->nv", hidden_nD, head_VD)
     logits_nV = jnp.where(in_vocabulary, logits_nV, -jnp.inf)
     lse_n = jax.nn.logsumexp(logits_nV, axis=-1)
     picked_n = jnp.take_along_axis(logits_nV, target_n[:, None], axis=-1)[:, 0]
@@ -116,8 +120,8 @@ def _chunked(
     d_logits_nV = probs_nV * (1 + 2 * options.z_weight * lse_n)[:, None]
     is_target_nV = jnp.arange(logits_nV.shape[1]) == target_n[:, None]
     d_logits_nV = jnp.where(mask_n[:, None], d_logits_nV - is_target_nV, 0).astype(dtype)
-    d_head += jnp.einsum("nv,nd->vd", d_logits_nV, hidden_nD, preferred_element_type=jnp.float32)
-    d_hidden_nD = jnp.einsum("nv,vd->nd", d_logits_nV, head_VD, preferred_element_type=jnp.float32)
+    d_head += dot("nv,nd->vd", d_logits_nV, hidden_nD)
+    d_hidden_nD = dot("nv,vd->nd", d_logits_nV, head_VD)
     return (total, d_head), d_hidden_nD.astype(dtype)
 
   zero = CrossEntropy(*(jnp.float32(0),) * 3)

@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 from mfjax.attention import AttentionExperts, Cache
 from mfjax.config import KernelConfig, MeshConfig, ModelConfig, Remat
 from mfjax.experts import SAVED_HIDDEN, SAVED_PLAN, FeedForwardExperts
-from mfjax.layers import LayerNorm, dropout, normal, parameter
+from mfjax.layers import LayerNorm, dropout, embed, normal, parameter
 from mfjax.router import RouterStatistics
 from mfjax.sharding import AXES, BATCH, Axes, gathered, spec
+from pallas_kernels.precision import matmul_precision
 
 Params = dict[str, Any]
 
@@ -124,8 +125,7 @@ class ModuleFormer(nnx.Module):
     if key is not None:
       key, embed_key = jax.random.split(key)
       keys = jax.random.split(key, self.config.num_layers)
-    table_VD = gathered(self.embedding[...], dtype)
-    h_BTD = table_VD.at[tokens_BT].get(out_sharding=BATCH)
+    h_BTD = embed(self.embedding[...], tokens_BT, dtype)
     h_BTD = dropout(h_BTD, self.config.embedding_dropout, None if key is None else embed_key)
     if cache is not None:
       write = jax.lax.dynamic_update_slice_in_dim
@@ -153,7 +153,7 @@ def _rematerialised(body: Any, remat: Remat) -> Any:
   if remat is Remat.NONE:
     return body
   saved = []
-  if remat is Remat.SAVE_MATMULS:
+  if remat is Remat.SELECTIVE:
     saved = [SAVED_RESIDUAL, SAVED_HIDDEN, SAVED_PLAN]
   policy = jax.checkpoint_policies.save_only_these_names(*saved)
   return jax.checkpoint(body, policy=policy, prevent_cse=False)
@@ -231,5 +231,11 @@ def empty_cache(config: ModelConfig, batch: int, length: int) -> ModelCache:
 def logits(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
   """Return float32 [B, T, vocab_size] (for decoding and tests; the loss never holds them whole)."""
   head_VD = gathered(params["lm_head"], hidden_BTD.dtype)
-  full = jnp.einsum("btd,vd->btv", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+  full = jnp.einsum(
+    "btd,vd->btv",
+    hidden_BTD,
+    head_VD,
+    precision=matmul_precision(hidden_BTD.dtype),
+    preferred_element_type=jnp.float32,
+  )
   return full[..., : config.vocab_size]

@@ -49,8 +49,9 @@ def make_optimizer(
   adam = optax.scale_by_adam(
     config.beta1, config.beta2, config.eps, mu_dtype=jnp.dtype(config.first_moment_dtype.value)
   )
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
+    clip,
     _stored_second_moment(adam, config.second_moment_dtype),
     optax.add_decayed_weights(config.weight_decay, mask=decays),
     optax.scale_by_learning_rate(make_schedule(config, steps)),

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mfjax.config import Gate, ModelConfig
-from mfjax.layers import dropout, normal, parameter
-from mfjax.sharding import gathered
+from mfjax.layers import dropout, linear, normal, parameter
 
 
 class RouterStatistics(NamedTuple):
@@ -94,14 +93,14 @@ class Router(nnx.Module):
     dtype, gate = x_BTD.dtype, self.config.gate
     rows_NG = jnp.concatenate([rows[...] for _, rows in sorted(self.rows.items())])
     if gate is Gate.LINEAR:
-      return _product(x_BTD, rows_NG.astype(dtype).T)
-    z_BTG = _product(x_BTD, gathered(self.w1[...], dtype))
+      return linear(x_BTD, rows_NG.T, is_sharded=False)
+    z_BTG = linear(x_BTD, self.w1[...], is_sharded=True)
     if gate is Gate.GMM:
-      cosine = _product(_unit(z_BTG), _unit(rows_NG).T)
+      cosine = linear(_unit(z_BTG), _unit(rows_NG).T, is_sharded=False)
       return cosine * jnp.exp(self.temperature[...])
     z_BTG = jax.nn.gelu(z_BTG + self.b1[...], approximate=False)
     z_BTG = dropout(z_BTG, self.config.router_dropout, key)
-    return _product(z_BTG.astype(dtype), rows_NG.astype(dtype).T)
+    return linear(z_BTG.astype(dtype), rows_NG.T, is_sharded=False)
 
   def _choose(self, probs_BTN: jax.Array, key: jax.Array | None) -> jax.Array:
     """Return int32 [B, T, K]: the k best, or k-s best and s drawn among the rest in training."""
@@ -117,10 +116,7 @@ class Router(nnx.Module):
     return jnp.concatenate([best, jax.lax.top_k(scores, num_drawn)[1]], axis=-1)
 
 
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-  return jnp.einsum("btd,dn->btn", x, w, preferred_element_type=jnp.float32)
-
-
 def _unit(x: jax.Array) -> jax.Array:
-  """Scale the last dimension to length one (zero stays zero; PyTorch's eps)."""
-  return x / jnp.maximum(jnp.sqrt(jnp.square(x).sum(-1, keepdims=True)), 1e-12)
+  """Scale the last dimension to length one; zero stays zero, and so does its gradient."""
+  # PyTorch's 1e-12 under the root: beyond it the square root's infinite slope would give NaN.
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels.grouped_matmul as grouped_matmul
 import pallas_kernels.stick_breaking as stick_breaking
 from mfjax import losses, model, sharding
-from mfjax.config import KernelConfig, RunConfig, Statistics
+from mfjax.config import AuxLoss, KernelConfig, RunConfig, Statistics
 from mfjax.model import Execution
 from mfjax.optimizer import learning_rate, make_optimizer
 from mfjax.router import RouterStatistics
@@ -124,6 +124,7 @@ def make_train_step(
   def step(state: State, batch: Batch) -> tuple[State, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
     gradients, metrics = _gradients(config, state["params"], batch, key)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
@@ -176,7 +177,8 @@ def _gradients(config: RunConfig, params: Any, batch: Batch, key: jax.Array) -> 
     return jax.tree.map(jnp.add, total, sums), None
 
   whole = zero_sums
-  if config.loss.statistics is Statistics.EXACT and count > 1:
+  has_aux = config.loss.aux is not AuxLoss.NONE and config.loss.aux_weight > 0
+  if config.loss.statistics is Statistics.EXACT and count > 1 and has_aux:
     whole, _ = jax.lax.scan(router_sums, zero_sums, tuple(micro))
 
   def objective(params: Any, xs: Any, before: Any) -> tuple[jax.Array, Any]:

@@ -149,7 +149,7 @@ def test_a_mesh_that_does_not_fit_is_refused(changes, num_devices, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", [Remat.FULL, Remat.SAVE_MATMULS])
+@pytest.mark.parametrize("remat", [Remat.FULL, Remat.SELECTIVE])
 def test_memory_is_near_what_the_compiler_allocates(remat):
   config = RunConfig(
     model=ModelConfig(

@@ -32,19 +32,21 @@ def test_order_is_a_stable_sort_and_its_inverse(ids, alignment):
   assert (order.row_of_slot[ids == num_experts] == len(order.slot_of_row)).all()
 
 
-@pytest.mark.parametrize("skew", ["uniform", "all to one", "some to nobody"])
+@pytest.mark.parametrize("skew", ["uniform", "all to one", "half skewed", "some to nobody"])
 @pytest.mark.parametrize("buffer", [1.0, 1.5])
 def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
-  num_experts, top_k, tokens = 16, 2, 24
-  mesh = sharding.make_mesh(MeshConfig(data=1, expert=8), jax.devices())
+  num_experts, top_k, tokens = 8, 2, 24
+  mesh = sharding.make_mesh(MeshConfig(data=2, expert=4), jax.devices())
   rng = np.random.default_rng(0)
   ids = rng.integers(0, num_experts, (8 * tokens * top_k,)).astype(np.int32)
   if skew == "all to one":
     ids[:] = 5
+  if skew == "half skewed":  # The two data groups need different numbers of rounds.
+    ids[len(ids) // 2 :] = 5
   if skew == "some to nobody":
     ids[::3] = num_experts
   x = rng.standard_normal((8 * tokens, 4)).astype(np.float32)
-  exchange = Exchange(num_experts, Implementation.XLA, "expert", 8, buffer)
+  exchange = Exchange(num_experts, Implementation.XLA, "expert", 4, buffer)
 
   def local(x, ids):
     plan = dispatch.make_plan(ids, exchange)
@@ -63,9 +65,12 @@ def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
       return dispatch.to_home(rows, plan, this, exchange, so_far)
 
     first = run(jnp.int32(0), None)
-    return jax.lax.fori_loop(1, plan.route.num_rounds, run, first), plan.route.num_rounds[None]
+    home = jax.lax.fori_loop(1, plan.route.num_rounds, run, first)
+    # A collective over the other axis meets groups that looped for different times.
+    groups = jax.lax.psum(jnp.float32(1), "data")
+    return home * groups / 2, plan.route.num_rounds[None]
 
-  sharded = P("expert")
+  sharded = P(("data", "expert"))
   function = jax.shard_map(
     local, mesh=mesh, in_specs=(sharded, sharded), out_specs=(sharded, sharded), check_vma=False
   )
@@ -74,6 +79,8 @@ def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
   expected = np.repeat(x, top_k, 0) + ids[:, None]
   expected[ids == num_experts] = 0
   np.testing.assert_allclose(home, expected, rtol=1e-6)
-  assert len(set(np.asarray(rounds).tolist())) == 1
-  if skew == "all to one":
-    assert np.asarray(rounds)[0] == int(np.ceil(8 / buffer))
+  first, second = np.asarray(rounds).reshape(2, 4)
+  assert len(set(first)) == len(set(second)) == 1
+  most = int(np.ceil(4 / buffer))
+  assert (first[0] == most) == (skew == "all to one")
+  assert (second[0] == most) == (skew in ("all to one", "half skewed"))

@@ -8,6 +8,7 @@ from flax import nnx
 
 from mfjax import sharding
 from mfjax.config import Gate, MeshConfig
+from mfjax.layers import parameter
 from mfjax.router import Router
 from tests import tiny
 
@@ -25,6 +26,9 @@ def route(gate=Gate.MLP, sample_top_k=0, key=None, tokens=400):
     tiny.MODEL, gate=gate, sample_top_k=sample_top_k, attention_top_k=3, ff_top_k=3
   )
   router = Router(NUM, TOP_K, config, nnx.Rngs(params=0))
+  if gate is not Gate.LINEAR:  # Placed by the sharding rules, as training has it.
+    w1 = jax.sharding.reshard(router.w1[...], sharding.P(sharding.WEIGHT_AXES, None))
+    router.w1 = parameter(w1, ("d_model", None))
   x = jax.random.normal(jax.random.key(1), (2, tokens, config.d_model))
   x = jax.sharding.reshard(x, sharding.BATCH)
   is_token = jax.sharding.reshard(jnp.ones((2, tokens), bool).at[1, -7:].set(False), sharding.BATCH)

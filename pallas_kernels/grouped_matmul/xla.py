@@ -7,6 +7,8 @@ group's matrix is read once. Trip counts are data: only tiles that hold rows are
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import matmul_precision
+
 
 def matmul(
   lhs: jax.Array,
@@ -26,13 +28,17 @@ def matmul(
   g, n = rhs.shape[0], rhs.shape[1] if transpose_rhs else rhs.shape[2]
   contract = (((1,), (1,)), ((), ())) if transpose_rhs else (((1,), (0,)), ((), ()))
 
+  precision = matmul_precision(lhs.dtype)
+
   def group(e: jax.Array, out: jax.Array) -> jax.Array:
     weights = jax.lax.dynamic_index_in_dim(rhs, e, keepdims=False)
 
     def one_tile(j: jax.Array, out: jax.Array) -> jax.Array:
       row = starts[e] + j * tile
       rows = jax.lax.dynamic_slice_in_dim(lhs, row, tile)
-      product = jax.lax.dot_general(rows, weights, contract, preferred_element_type=jnp.float32)
+      product = jax.lax.dot_general(
+        rows, weights, contract, precision=precision, preferred_element_type=jnp.float32
+      )
       return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out_dtype), row, 0)
 
     return jax.lax.fori_loop(0, _ceil_div(group_sizes[e], tile), one_tile, out)
@@ -45,6 +51,7 @@ def outer(
 ) -> jax.Array:
   """Return float32 [g, k, n]: per group the sum over its rows of lhs [m, k]^T times rhs [m, n]."""
   g, k, n = group_sizes.shape[0], lhs.shape[1], rhs.shape[1]
+  precision = matmul_precision(lhs.dtype)
 
   def group(e: jax.Array, out: jax.Array) -> jax.Array:
     def one_tile(j: jax.Array, total: jax.Array) -> jax.Array:
@@ -53,7 +60,9 @@ def outer(
       a = jnp.where(used, jax.lax.dynamic_slice_in_dim(lhs, row, tile), 0)
       b = jnp.where(used, jax.lax.dynamic_slice_in_dim(rhs, row, tile), 0)
       contract = (((0,), (0,)), ((), ()))
-      return total + jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+      return total + jax.lax.dot_general(
+        a, b, contract, precision=precision, preferred_element_type=jnp.float32
+      )
 
     zero = jnp.zeros((k, n), jnp.float32)
     total = jax.lax.fori_loop(0, _ceil_div(group_sizes[e], tile), one_tile, zero)

@@ -12,6 +12,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import matmul_precision
+
 _NUM_BLOCKS = 8  # Bounds the program; an eighth of the causal square is computed in vain.
 _MIN_BLOCK = 64
 
@@ -26,6 +28,11 @@ def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
   return [(a, b, history + b) for a, b in itertools.pairwise(edges)]
 
 
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  precision = matmul_precision(b.dtype)
+  return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _weights(
   q: jax.Array, k: jax.Array, segments: Segments, first: int, scale: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -34,9 +41,11 @@ def _weights(
   causal = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(q.shape[1])[:, None]
   same = q_segments[:, :, None] == k_segments[:, None, :]
   allowed = (causal & same & (k_segments > 0)[:, None, :])[:, None, None]
-  logits = scale * jnp.einsum("bqshd,bthd->bshqt", q, k, preferred_element_type=jnp.float32)
-  log_beta = jax.nn.log_sigmoid(logits)
-  log_keep = jnp.where(allowed, log_beta - logits, 0)
+  logits = scale * _einsum("bqshd,bthd->bshqt", q, k)
+  # log(1 - beta) is summed over many keys: computed as such, for a difference would cancel.
+  log_keep = jax.nn.log_sigmoid(-logits)
+  log_beta = logits + log_keep
+  log_keep = jnp.where(allowed, log_keep, 0)
   after = jax.lax.cumsum(log_keep, axis=4, reverse=True) - log_keep
   weights = jnp.where(allowed, jnp.exp(log_beta + after), 0)
   return weights, jnp.where(allowed, jnp.exp(log_beta), 0)
@@ -59,9 +68,7 @@ def attention(
   for a, b, t in _blocks(q.shape[1], k.shape[1]):
     block = (q_segments[:, a:b], k_segments[:, :t])
     weights, _ = _weights(q[:, a:b], k[:, :t], block, t - (b - a), scale)
-    out = jnp.einsum(
-      "bshqt,bthd->bqshd", weights.astype(v.dtype), v[:, :t], preferred_element_type=jnp.float32
-    )
+    out = _einsum("bshqt,bthd->bqshd", weights.astype(v.dtype), v[:, :t])
     outputs.append(out.astype(q.dtype))
   return jnp.concatenate(outputs, axis=1)
 
@@ -76,18 +83,17 @@ def _backward(
   scale: float, saved: tuple[jax.Array, jax.Array, jax.Array, Segments], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
   q, k, v, (q_segments, k_segments) = saved
-  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   dq = []
   dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
   for a, b, t in _blocks(q.shape[1], k.shape[1]):
     block = (q_segments[:, a:b], k_segments[:, :t])
     weights, beta = _weights(q[:, a:b], k[:, :t], block, t - (b - a), scale)
     d_block = d_out[:, a:b]
-    g = weights * einsum("bqshd,bthd->bshqt", d_block, v[:, :t])
+    g = weights * _einsum("bqshd,bthd->bshqt", d_block, v[:, :t])
     d_logits = (scale * (g - beta * jax.lax.cumsum(g, axis=4))).astype(q.dtype)
-    dq.append(einsum("bshqt,bthd->bqshd", d_logits, k[:, :t]).astype(q.dtype))
-    dk = _add_first(dk, einsum("bshqt,bqshd->bthd", d_logits, q[:, a:b]))
-    dv = _add_first(dv, einsum("bshqt,bqshd->bthd", weights.astype(v.dtype), d_block))
+    dq.append(_einsum("bshqt,bthd->bqshd", d_logits, k[:, :t]).astype(q.dtype))
+    dk = _add_first(dk, _einsum("bshqt,bqshd->bthd", d_logits, q[:, a:b]))
+    dv = _add_first(dv, _einsum("bshqt,bqshd->bthd", weights.astype(v.dtype), d_block))
   return jnp.concatenate(dq, axis=1), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

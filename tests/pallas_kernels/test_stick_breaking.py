@@ -69,6 +69,23 @@ def test_values_and_gradients_equal_the_oracle(case, logit_scale):
     np.testing.assert_allclose(ours, oracle, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_many_weak_keys_lose_no_precision():
+  # log(1 - beta) of each key is near float32's last bits of the logit: their sum must still count.
+  length = 2048
+  logits = np.random.default_rng(0).uniform(-16, -8, length)
+  k = np.zeros((1, length, 1, 4), np.float32)
+  k[0, :, 0, 0] = logits * 2  # sqrt(d) = 2.
+  q = np.zeros((1, 1, 1, 1, 4), np.float32)
+  q[..., 0] = 1
+  v = np.ones((1, length, 1, 4), np.float32)
+  ones = jnp.ones((1, length), jnp.int32)
+  out = api.stick_breaking_attention(
+    *map(jnp.asarray, (q, k, v)), ones[:, :1], ones, implementation=Implementation.XLA
+  )
+  expected = -np.expm1(-np.log1p(np.exp(k[0, :, 0, 0].astype(np.float64) / 2)).sum())
+  np.testing.assert_allclose(out[0, 0, 0, 0, 0], expected, rtol=1e-6)
+
+
 def test_a_query_without_keys_gives_zero():
   q, k, v, q_segments, k_segments = inputs(6, 6)
   out = api.stick_breaking_attention(
