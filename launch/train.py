@@ -4,8 +4,8 @@
 
 A workdir that already has checkpoints is resumed from the newest good one. Ctrl-C finishes the
 step, saves and exits with 0; SIGTERM (preemption) does so with 75, on which launchers requeue. A
-second signal exits at once. Exit code 1: the run failed (too many non-finite steps, a checkpoint
-that could not be saved); 2: the configuration, the data or the workdir cannot be used.
+second signal exits at once. Exit code 1: the run failed (too many non-finite steps, a checkpoint or
+metrics that could not be saved); 2: the configuration, the data or the workdir cannot be used.
 """
 
 import os

@@ -167,12 +167,19 @@ class Checkpointer:
       None if no step was ever completed.
 
     Raises:
-      ValueError: steps exist but none is usable, or the good one does not fit `abstract_state`.
+      ValueError: steps exist but none is usable, or the good one does not fit `abstract_state` or
+        drew from another random generator.
     """
     found = self._read({name: abstract_state[name] for name in _ARRAY_ITEMS}, step)
     if found is None:
       return None
     trees, run = found
+    drew, draws = run["rng"]["implementation"], _rng_implementation()
+    if drew != draws:
+      raise ValueError(
+        f"step {run['step']} in {self._directory} drew random numbers from {drew} and this run "
+        f"draws from {draws}: set JAX_DEFAULT_PRNG_IMPL as it was"
+      )
     scalars = {
       name: _place(run["state"][name], abstract)
       for name, abstract in abstract_state.items()
@@ -371,11 +378,16 @@ def _run_record(
     # Step n draws from fold_in(key(seed), n): nothing else is needed.
     "rng": {
       "seed": run_config.train.seed,
-      "implementation": str(jax.eval_shape(jax.random.key, 0).dtype),
+      "implementation": _rng_implementation(),
     },
     "config": run_config.to_dict(),
     "versions": workdir.versions(),
   }
+
+
+def _rng_implementation() -> str:
+  # Not of `jax.random.key` itself, whose result is cached over a change of the default.
+  return str(jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
 def _layout(tree: Any) -> dict[str, str]:

@@ -64,7 +64,8 @@ def evaluate_domains(
       process_count=jax.process_count(),
     )
     nats, tokens = 0.0, 0
-    for sums in _one_late(eval_step(params, device_batch(mesh, batch)) for batch in batches):
+    wanted = ({k: rows for k, rows in batch.items() if k != "domain_ids"} for batch in batches)
+    for sums in _one_late(eval_step(params, device_batch(mesh, batch)) for batch in wanted):
       if stopped():
         return None
       nats += float(sums["nats"])

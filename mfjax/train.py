@@ -7,6 +7,7 @@ batch after it is on its way before the metrics of step n are read.
 import contextlib
 import dataclasses
 import enum
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from mfjax.data.pipeline import TrainStream
 from mfjax.data.tokenizer import load_tokenizer
 from mfjax.workdir import absolute, check_config, write_config
 from mfjax.writers import Writer, open_writers
+
+_LOG = logging.getLogger(__name__)
 
 Stream = Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]
 
@@ -78,16 +81,22 @@ def train(
 
   Raises:
     ValueError: data, workdir and config do not fit together.
-    TrainingFailedError: too many non-finite steps in a row, or a checkpoint could not be saved.
+    NotImplementedError: there are several processes.
+    TrainingFailedError: too many non-finite steps in a row, or a checkpoint or metrics could not be
+      saved.
   """
   workdir, index = absolute(workdir), open_data(config)
   check_config(workdir, config, allow=allow_config_change)
+  if jax.process_count() > 1:  # Each would decide for itself when to stop: a deadlock.
+    raise NotImplementedError(
+      f"training runs in one process, and this is one of {jax.process_count()}: use one host"
+    )
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   config = train_step.resolve(config, mesh)
   abstract_state = train_step.abstract_state(config, mesh)
   with contextlib.ExitStack() as stack:
     checkpointer = checkpoint.Checkpointer(workdir, config.checkpoint, config)
-    stack.enter_context(contextlib.closing(checkpointer))
+    stack.enter_context(_closing(checkpointer, resume_command))
     start = checkpointer.restore(abstract_state) or _fresh(config, mesh)
     stream = TrainStream(
       index,
@@ -104,6 +113,22 @@ def train(
     stack.enter_context(contextlib.closing(writer))
     run = _Run(config, workdir, index, mesh, checkpointer, writer, stop, resume_command, start)
     return run.go(stream)
+
+
+@contextlib.contextmanager
+def _closing(checkpointer: checkpoint.Checkpointer, resume_command: str) -> Iterator[None]:
+  """Close `checkpointer` at the end; a save that fails then never hides what ended the run."""
+  ended_well = False
+  try:
+    yield
+    ended_well = True
+  finally:
+    try:
+      checkpointer.close()
+    except checkpoint.CheckpointSaveError as error:
+      if ended_well:
+        raise TrainingFailedError(f"{error}. To go on: {resume_command}") from error
+      _LOG.error("%s", error)
 
 
 def _fresh(config: RunConfig, mesh: jax.sharding.Mesh) -> checkpoint.Restored:
@@ -152,9 +177,11 @@ class _Run:
   def go(self, stream: Stream) -> Exit:
     """Train and finish, or stop on request."""
     self._introduce()
-    done = self._train_steps(stream)
-    self._read_metrics()
-    self._stop_trace()
+    try:
+      done = self._train_steps(stream)
+      self._read_metrics()
+    finally:
+      self._stop_trace()
     self._check_health()
     if done and self._finish():
       return Exit.FINISHED
@@ -183,9 +210,9 @@ class _Run:
       upcoming = self._next_batch(stream)  # While the devices work.
       self._read_metrics(then=(self.step, step_metrics))
       self._check_health()
-      if self._due(self.config.evaluate.every):
+      if upcoming and self._due(self.config.evaluate.every):
         self._evaluate(self.config.evaluate.max_tokens)
-      if self._due(self.config.checkpoint.every):
+      if upcoming and self._due(self.config.checkpoint.every):
         self._save()
     if self.step < self.config.train.steps:
       self.writer.say(f"the data ended after step {self.step} (data.on_end=stop)")
@@ -206,7 +233,8 @@ class _Run:
     if item is None:
       return None
     batch, data_state = item
-    return _Batch(sharding.device_batch(self.mesh, batch), data_state)
+    wanted = {name: rows for name, rows in batch.items() if name != "domain_ids"}
+    return _Batch(sharding.device_batch(self.mesh, wanted), data_state)
 
   def _due(self, every: int) -> bool:
     """Whether something periodic falls on this step; after the last step `_finish` does all."""
@@ -227,7 +255,19 @@ class _Run:
 
   def _log(self, step: int) -> None:
     memory, peak_bytes = metrics.peak_memory(self.mesh.local_devices)
-    self.writer.log(self.meter.record(step) | {memory: peak_bytes})
+    self._write(self.meter.record(step) | {memory: peak_bytes})
+
+  def _write(self, record: dict[str, Any]) -> None:
+    """Log a record; a disk that cannot take it is to the run what a failed save is."""
+    with self._save_errors():
+      try:
+        self.writer.log(record)
+      except BrokenPipeError:  # Nobody reads the terminal's lines any more: no fault of a disk.
+        raise
+      except OSError as error:
+        raise checkpoint.CheckpointSaveError(
+          f"the metrics of step {record['step']} could not be written: {error}"
+        ) from error
 
   def _check_health(self) -> None:
     """Raise TrainingFailedError after too many skipped steps or, as configured, a failed save."""
@@ -282,7 +322,10 @@ class _Run:
       self.checkpointer.wait()
 
   def _evaluate(self, max_tokens: int) -> dict[str, held_out.DomainLoss] | None:
-    """Evaluate and log the held-out losses; return None if a stop request cut it short."""
+    """Evaluate and log the held-out losses; return None if a stop request cut it short.
+
+    One bounded by `max_tokens` is always finished: no resumed run would make up for it.
+    """
     self._read_metrics()
     with self.meter.timed("pause"):
       losses = held_out.evaluate_domains(
@@ -293,11 +336,11 @@ class _Run:
         rows=self.config.data.batch_rows // self.config.train.microbatches,
         sequence_length=self.config.data.sequence_length,
         max_tokens=max_tokens,
-        stopped=lambda: self.stop.request is not None,
+        stopped=lambda: not max_tokens and self.stop.request is not None,
       )
     if losses:
       by_domain = {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
-      self.writer.log({"step": self.step, "evaluation": by_domain})
+      self._write({"step": self.step, "evaluation": by_domain})
     return losses
 
   def _trace_if_due(self) -> None:
@@ -307,15 +350,15 @@ class _Run:
       self._read_metrics()
       jax.profiler.start_trace(self.workdir / "profile")
       self.tracing = True
-    elif done == profile.start_step + profile.num_steps:
+    elif self.tracing and done == profile.start_step + profile.num_steps:
       self._read_metrics()
       self._stop_trace()
 
   def _stop_trace(self) -> None:
     if self.tracing:
+      self.tracing = False
       with self.meter.timed("pause"):
         jax.profiler.stop_trace()
-      self.tracing = False
       self.writer.say(f"wrote a profile: xprof --logdir={self.workdir / 'profile'} shows it")
 
   def _finish(self) -> bool:

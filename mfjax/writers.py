@@ -4,21 +4,27 @@ A train record is what `metrics.Meter.record` returns. An evaluation record is
 {'step': n, 'evaluation': {domain: {'nats_per_token': ..., 'bits_per_byte': ..., ...}}}.
 """
 
+import contextlib
 import json
 import math
+import socket
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
 import rich.console
 import rich.progress
-import tensorboardX
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from mfjax.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
+_FLUSH_SECONDS = 10  # TensorBoard's files; on an object store each flush may upload them whole.
 
 
 class Writer:
@@ -56,8 +62,9 @@ class Writers(Writer):
       writer.progress(step)
 
   def close(self) -> None:
-    for writer in self._writers:
-      writer.close()
+    with contextlib.ExitStack() as stack:  # Closes all of them, whichever fails.
+      for writer in self._writers:
+        stack.callback(writer.close)
 
 
 def describe_record(record: Mapping[str, Any]) -> str:
@@ -93,8 +100,13 @@ class LineWriter(Writer):
     self.say(f"step {record['step']:{width}d}/{self._num_steps}  {describe_record(record)}")
 
   def say(self, text: str) -> None:
-    self._stream.write(text + "\n")
-    self._stream.flush()
+    try:
+      self._stream.write(text + "\n")
+      self._stream.flush()
+    except BrokenPipeError:
+      raise
+    except OSError:  # A log on a full disk loses lines; it does not end the run.
+      pass
 
 
 class LiveWriter(Writer):
@@ -171,20 +183,44 @@ class JsonlWriter(Writer):
 
   def __init__(self, path: epath.Path, start_step: int):
     kept = [record for record in read_records(path) if record["step"] <= start_step]
+    text = "".join(json.dumps(record) + "\n" for record in kept).encode()
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial.write_bytes(text)
     partial.replace(path)
     self._evaluated = {record["step"] for record in kept if "evaluation" in record}
-    self._file = path.open("a")
+    self._path, self._size = path, len(text)
+    self._file = path.open("ab")
 
   def log(self, record: Mapping[str, Any]) -> None:
     if "evaluation" in record and record["step"] in self._evaluated:
       return  # A finished run that is started again evaluates its last step again.
-    self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-    self._file.flush()
+    line = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
+    try:
+      if self._file.closed:
+        self._reopen()
+      self._file.write(line)
+      self._file.flush()
+    except OSError:
+      with contextlib.suppress(OSError):  # Then the next record tries again.
+        self._reopen()
+      raise
+    self._size += len(line)
+
+  def _reopen(self) -> None:
+    """Go back to the whole lines: drop what a failed write left in the file and in its buffer."""
+    with contextlib.suppress(OSError):
+      self._file.close()
+    file = self._path.open("ab")
+    try:
+      file.truncate(self._size)
+    except OSError:
+      file.close()
+      raise
+    self._file = file
 
   def close(self) -> None:
-    self._file.close()
+    with contextlib.suppress(OSError):  # Every record that did not fail was flushed.
+      self._file.close()
 
 
 def read_records(path: epath.Path) -> list[dict[str, Any]]:
@@ -212,35 +248,64 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
 class TensorBoardWriter(Writer):
   """Writes scalars to TensorBoard event files; per layer, only what sums up its experts.
 
-  Every expert's share of picks is in metrics.jsonl and in `mfjax plot`.
+  Every expert's share of picks is in metrics.jsonl and in `mfjax plot`. tensorboardX's own
+  SummaryWriter is not used: on a full disk its thread dies, and its caller waits for it forever.
   """
 
   def __init__(self, directory: epath.Path, start_step: int):
-    # Events from purge_step on, left by a run that got further than its checkpoint, are hidden.
-    self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start_step + 1)
+    directory.mkdir(parents=True, exist_ok=True)
+    self._directory, self._num_files = directory, 0
+    self._events: RecordWriter | None = None
+    self._flushed = 0.0
+    # Events from this step on, left by a run that got further than its checkpoint, are hidden.
+    self._write(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
   def log(self, record: Mapping[str, Any]) -> None:
-    step = record["step"]
+    event = Event(step=record["step"], wall_time=time.time())
+    for tag, value in self._scalars(record):
+      if math.isfinite(value):  # A skipped step's loss is not; tensorboardX warns each time.
+        event.summary.MergeFrom(summary.scalar(tag, value))
+    self._write(event)
+
+  def _scalars(self, record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for domain, values in record.get("evaluation", {}).items():
       for name in ("nats_per_token", "bits_per_byte"):
-        self._add(f"held_out_{name}/{domain}", values[name], step)
+        yield f"held_out_{name}/{domain}", values[name]
     for kind, load in record.get("router", {}).items():
       balanced = 1 / load["share"].shape[-1]
       per_layer = {**load, "largest_share_over_balanced": load["share"].max(-1) / balanced}
       del per_layer["share"]
       for name, values in per_layer.items():
         for layer, value in enumerate(values):
-          self._add(f"{kind}_{name}/layer_{layer:02d}", float(value), step)
+          yield f"{kind}_{name}/layer_{layer:02d}", float(value)
     for name, value in record.items():
       if name != "step" and isinstance(value, int | float):
-        self._add(f"train/{name}", value, step)
+        yield f"train/{name}", value
 
-  def _add(self, tag: str, value: float, step: int) -> None:
-    if math.isfinite(value):  # A skipped step's loss is not; tensorboardX warns each time.
-      self._events.add_scalar(tag, value, step)
+  def _write(self, event: Event) -> None:
+    try:
+      if self._events is None:
+        self._events = self._open()
+      self._events.write(event.SerializeToString())
+      if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+        self._events.flush()
+        self._flushed = time.monotonic()
+    except OSError:
+      self.close()  # What follows a torn event is not read: the next one begins another file.
+      raise
+
+  def _open(self) -> RecordWriter:
+    now, self._num_files = time.time(), self._num_files + 1
+    name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{self._num_files}"
+    events = RecordWriter(str(self._directory / name))
+    events.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    return events
 
   def close(self) -> None:
-    self._events.close()
+    events, self._events = self._events, None
+    if events is not None:
+      with contextlib.suppress(OSError):
+        events.close()
 
 
 def open_writers(

@@ -281,6 +281,13 @@ def test_a_state_of_another_shape_is_refused(two_steps, open_checkpointer, state
     open_checkpointer().restore(abstract(state))
 
 
+def test_another_random_generator_is_refused(two_steps, open_checkpointer, states):
+  with jax.default_prng_impl("rbg"):
+    with pytest.raises(ValueError, match=r"step 2 .* from key<fry> .* from key<rbg>"):
+      open_checkpointer().restore(abstract(states[0]))
+    assert open_checkpointer().restore_params(abstract(states[0]["params"])).step == 2
+
+
 def test_going_on_from_an_older_step_replaces_newer_ones(two_steps, open_checkpointer, states):
   checkpointer = open_checkpointer()
   assert checkpointer.restore(abstract(states[0]), step=1).step == 1

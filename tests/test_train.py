@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mfjax import checkpoint, held_out, metrics, train
+from mfjax import checkpoint, held_out, metrics, train, writers
 from mfjax.config import (
   CheckpointConfig,
   DataConfig,
@@ -262,6 +262,38 @@ def test_end_of_data_ends_the_run(tmp_path, monkeypatch):
   assert "resuming after step 5" in output
 
 
+def test_the_last_step_of_the_data_is_evaluated_once(tmp_path, monkeypatch):
+  evaluated, losses = [], train.held_out.evaluate_domains()
+
+  def evaluate(*args, max_tokens, **kwargs):
+    evaluated.append(max_tokens)
+    return losses
+
+  monkeypatch.setattr(train.held_out, "evaluate_domains", evaluate)
+  monkeypatch.setattr(train.TrainStream, "length", 4)
+  run(make_config(evaluate_every=2), tmp_path)
+  assert list(logged(tmp_path, "evaluation")) == [2, 4]
+  assert evaluated == [EvalConfig().max_tokens, 0]
+
+
+@pytest.mark.parametrize(("max_tokens", "evaluated"), [(100, [2]), (0, [])])
+def test_a_stop_request_cuts_only_an_unbounded_evaluation_short(
+  tmp_path, monkeypatch, max_tokens, evaluated
+):
+  stop, losses = train.StopSignal(), train.held_out.evaluate_domains()
+
+  def evaluate(*args, stopped, **kwargs):
+    stop.request = train.Exit.PREEMPTED
+    return None if stopped() else losses
+
+  monkeypatch.setattr(train.held_out, "evaluate_domains", evaluate)
+  config = make_config(evaluate=EvalConfig(every=2, max_tokens=max_tokens))
+  outcome, _ = run(config, tmp_path, stop)
+  assert outcome is train.Exit.PREEMPTED
+  assert saved_steps(tmp_path) == [2]
+  assert list(logged(tmp_path, "evaluation")) == evaluated
+
+
 def test_isolated_bad_steps_are_counted_and_passed(tmp_path, monkeypatch):
   monkeypatch.setattr(train.TrainStream, "bad", frozenset({2, 3, 5}))
   outcome, _ = run(make_config(), tmp_path)
@@ -315,6 +347,58 @@ def test_a_failed_last_save_always_fails_the_run(tmp_path, monkeypatch):
     run(config, tmp_path)
 
 
+@pytest.mark.parametrize("evaluate_every", [0, 2])
+@pytest.mark.parametrize("policy", OnSaveError)
+def test_metrics_that_cannot_be_written(tmp_path, monkeypatch, policy, evaluate_every):
+  log = writers.JsonlWriter.log
+
+  def full(self, record):
+    if record["step"] == 2 and ("evaluation" in record) == (evaluate_every > 0):
+      raise OSError(28, "No space left on device")
+    log(self, record)
+
+  monkeypatch.setattr(writers.JsonlWriter, "log", full)
+  config = make_config(
+    evaluate_every=evaluate_every, checkpoint=CheckpointConfig(every=2, on_save_error=policy)
+  )
+  if policy is OnSaveError.STOP:
+    with pytest.raises(
+      train.TrainingFailedError, match=r"of step 2 could not .*No space.*To go on"
+    ):
+      run(config, tmp_path)
+    return
+  outcome, output = run(config, tmp_path)
+  assert outcome is train.Exit.FINISHED
+  assert "warning: the metrics of step 2 could not be written" in output
+  assert list(logged(tmp_path))[-4:] == [3, 4, 5, 6]
+
+
+class FailingCloseCheckpointer(checkpoint.Checkpointer):
+  def close(self):
+    super().close()
+    raise checkpoint.CheckpointSaveError("step 4 could not be saved")
+
+
+def test_a_save_that_fails_on_the_way_out(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(train.checkpoint, "Checkpointer", FailingCloseCheckpointer)
+  with pytest.raises(train.TrainingFailedError, match=r"step 4 could not .*To go on: mfjax train"):
+    run(make_config(), tmp_path / "alone")
+  assert caplog.text == ""
+  fail_at_batch(monkeypatch, 5)
+  with pytest.raises(MemoryError):
+    run(make_config(), tmp_path / "after another error")
+  assert "step 4 could not be saved" in caplog.text
+
+
+def fail_at_batch(monkeypatch, number):
+  def read(self):
+    if self.position + 1 == number:
+      raise MemoryError
+    return FakeStream.__next__(self)
+
+  monkeypatch.setattr(train.TrainStream, "__next__", read)
+
+
 def test_metrics_are_read_after_the_next_step_is_dispatched(tmp_path, monkeypatch):
   events = []
   device_get = jax.device_get
@@ -344,7 +428,8 @@ def test_metrics_are_read_after_the_next_step_is_dispatched(tmp_path, monkeypatc
     train.train_step, "make_train_step", lambda *args: Recorded(make_train_step(*args))
   )
   monkeypatch.setattr(train.jax, "device_get", read)
-  run(make_config(steps=4, checkpoint_every=100), tmp_path)
+  off = ProfileConfig(start_step=2, num_steps=0)
+  run(make_config(steps=4, checkpoint_every=100, profile=off), tmp_path)
   assert events == ["dispatch", *["dispatch", "read"] * 3, "read"]
 
 
@@ -364,6 +449,32 @@ def test_profile_of_some_steps(tmp_path):
 def test_profile_of_a_run_that_ends_before_it_does(tmp_path):
   run(make_config(steps=2, profile=ProfileConfig(start_step=1, num_steps=100)), tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_profile_of_a_run_that_fails(tmp_path, monkeypatch):
+  fail_at_batch(monkeypatch, 5)
+  with pytest.raises(MemoryError):
+    run(make_config(profile=ProfileConfig(start_step=1, num_steps=100)), tmp_path)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(train.jax, "process_count", lambda: 2)
+  with pytest.raises(NotImplementedError, match="one process, and this is one of 2"):
+    run(make_config(), tmp_path)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_the_step_reads_goes_to_the_devices(tmp_path, monkeypatch):
+  sent, device_batch = set(), train.sharding.device_batch
+
+  def send(mesh, batch):
+    sent.update(batch)
+    return device_batch(mesh, batch)
+
+  monkeypatch.setattr(train.sharding, "device_batch", send)
+  run(make_config(), tmp_path)
+  assert sent == {"tokens", "targets", "segment_ids"}
 
 
 def test_vocabulary_is_checked_before_any_device_is_touched(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """What reaches metrics.jsonl, TensorBoard's files and the terminal."""
 
+import contextlib
 import io
 import json
+import resource
 import struct
 
 import numpy as np
@@ -110,6 +112,74 @@ def test_tensorboard_has_scalars_by_layer_and_purges_on_resume(tmp_path):
   assert "ff_mutual_information/layer_01" not in values  # NaN.
   assert all(e.step == 8 for e in events if e.summary.value)
   assert [e.step for e in events if e.HasField("session_log")] == [8]
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+  """Let writes past `size` fail halfway, as on a full disk."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_jsonl_keeps_whole_lines_on_a_full_disk(tmp_path):
+  path = epath.Path(tmp_path / "metrics.jsonl")
+  writer = writers.JsonlWriter(path, start_step=0)
+  writer.log(train_record(1))
+  whole = path.read_bytes()
+  with file_size_limit(len(whole) + 20):
+    for step in (2, 3):
+      with pytest.raises(OSError, match="too large"):
+        writer.log(train_record(step))
+      assert path.read_bytes() == whole
+  writer.log(train_record(4))
+  with file_size_limit(10):
+    with pytest.raises(OSError, match="too large"):
+      writer.log(train_record(5))
+    writer.close()
+  assert [record["step"] for record in writers.read_records(path)] == [1, 4]
+
+
+def test_tensorboard_goes_on_in_a_new_file_after_a_full_disk(tmp_path, monkeypatch):
+  monkeypatch.setattr(writers, "_FLUSH_SECONDS", -1)
+  writer = writers.TensorBoardWriter(epath.Path(tmp_path), start_step=0)
+  writer.log(train_record(1))
+  [file] = tmp_path.iterdir()
+  with file_size_limit(10):
+    for step in range(2, 40):  # More than a queue holds: nothing may wait for a dead thread.
+      with pytest.raises(OSError, match="too large"):
+        writer.log(train_record(step))
+      for torn in set(tmp_path.iterdir()) - {file}:
+        torn.unlink()
+  writer.log(train_record(40))
+  writer.close()
+  assert [e.step for e in read_events(tmp_path) if e.summary.value] == [1, 40]
+
+
+def test_every_writer_is_closed_whichever_fails():
+  closed = []
+
+  class Closing(writers.Writer):
+    def close(self):
+      closed.append(self)
+      raise OSError("full")
+
+  both = [Closing(), Closing()]
+  with pytest.raises(OSError, match="full"):
+    writers.Writers(both).close()
+  assert set(closed) == set(both)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), BrokenPipeError()])
+def test_only_a_closed_pipe_ends_the_run(error, monkeypatch):
+  stream = io.StringIO()
+  monkeypatch.setattr(stream, "flush", lambda: exec("raise error", {"error": error}))
+  broken = isinstance(error, BrokenPipeError)
+  with pytest.raises(BrokenPipeError) if broken else contextlib.nullcontext():
+    writers.LineWriter(10, stream).say("a line")
 
 
 def test_plain_lines_for_a_pipe(tmp_path):
