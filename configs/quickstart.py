@@ -39,6 +39,6 @@ def get_config() -> RunConfig:
     data=DataConfig(path="quickstart_data", sequence_length=256, batch_rows=8),
     optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, final_fraction=0.02),
     train=TrainConfig(steps=250, remat=Remat.NONE),
-    evaluate=EvalConfig(every=100, max_tokens=20_000, sample_tokens=100),
-    checkpoint=CheckpointConfig(every=100),
+    evaluate=EvalConfig(every=125, max_tokens=0, sample_tokens=100),
+    checkpoint=CheckpointConfig(every=125),
   )

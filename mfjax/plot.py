@@ -16,6 +16,7 @@ from mfjax.writers import METRICS_FILE, read_records
 
 _TITLES = {"attention": "Attention experts", "ff": "Feed-forward experts"}
 _DEPTH = matplotlib.colormaps["viridis"]
+_MARKERS = "o*sd"
 _Records = Sequence[Mapping[str, Any]]
 
 
@@ -57,11 +58,17 @@ def loss_figure(trained: _Records, evaluated: _Records) -> Figure:
   domains = sorted({domain for record in evaluated for domain in record["evaluation"]})
   for number, domain in enumerate(domains):
     points = [(r["step"], r["evaluation"][domain]) for r in evaluated if domain in r["evaluation"]]
-    steps = [step for step, _ in points]
-    style = {"color": f"C{number}", "marker": "o", "markersize": 4}
-    nats.plot(steps, [v["nats_per_token"] for _, v in points], label=f"held-out {domain}", **style)
-    label = f"{domain}: {points[-1][1]['bits_per_byte']:.3f}"
-    bits.plot(steps, [v["bits_per_byte"] for _, v in points], label=label, **style)
+    # Evaluations of different amounts of text cannot be joined: the last one may take more.
+    for tokens, marker in zip(
+      dict.fromkeys(v["tokens"] for _, v in points), _MARKERS, strict=False
+    ):
+      same = [(step, v) for step, v in points if v["tokens"] == tokens]
+      steps = [step for step, _ in same]
+      style = {"color": f"C{number}", "marker": marker, "markersize": 5}
+      named = f"{domain}, {tokens:,} tokens"
+      nats.plot(steps, [v["nats_per_token"] for _, v in same], label=named, **style)
+      label = f"{named}: {same[-1][1]['bits_per_byte']:.3f}"
+      bits.plot(steps, [v["bits_per_byte"] for _, v in same], label=label, **style)
   _finish_axes(nats, "Cross-entropy", "nats per token")
   _finish_axes(bits, "Held-out text", "bits per byte")
   return figure

@@ -21,8 +21,8 @@ def train_record(step, num_layers=3, num_experts=4, loss=2.0):
     ("attention", "ff"), load)}  # fmt: skip
 
 
-def evaluation_record(step, domains=("code", "prose")):
-  losses = {"nats_per_token": 1.5, "bits_per_byte": 2.1}
+def evaluation_record(step, domains=("code", "prose"), tokens=1000):
+  losses = {"nats_per_token": 1.5, "bits_per_byte": 2.1, "tokens": tokens}
   return {"step": step, "evaluation": dict.fromkeys(domains, losses)}
 
 
@@ -40,15 +40,14 @@ def test_draws_both_files(tmp_path):
   assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
-def test_loss_figure_has_a_curve_per_domain():
-  figure = plot.loss_figure([train_record(1), train_record(2)], [evaluation_record(2)])
-  nats, bits = figure.axes
-  assert [line.get_label() for line in nats.lines] == [
-    "training",
-    "held-out code",
-    "held-out prose",
-  ]
-  assert [line.get_label() for line in bits.lines] == ["code: 2.100", "prose: 2.100"]
+def test_loss_figure_has_a_curve_per_domain_and_amount_of_text():
+  evaluated = [evaluation_record(1), evaluation_record(2)]
+  evaluated.append(evaluation_record(3, domains=("prose",), tokens=5000))
+  nats, bits = plot.loss_figure([train_record(1), train_record(2)], evaluated).axes
+  names = ["code, 1,000 tokens", "prose, 1,000 tokens", "prose, 5,000 tokens"]
+  assert [line.get_label() for line in nats.lines] == ["training", *names]
+  assert [line.get_label() for line in bits.lines] == [f"{name}: 2.100" for name in names]
+  assert [list(line.get_xdata()) for line in bits.lines] == [[1, 2], [1, 2], [3]]
 
 
 def test_expert_load_figure_shows_shares_relative_to_balance():
