@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfjax import experts, sharding
+from mfjax import dispatch, experts, sharding
 from mfjax.config import KernelConfig, MeshConfig, Placement
+from mfjax.dispatch import Exchange
 from pallas_kernels.grouped_matmul import group_starts
 from pallas_kernels.implementation import Implementation
 
@@ -83,3 +84,18 @@ def test_layer_and_gradients_equal_dense_with_nan_in_unused_rows(layer, monkeypa
     if a.shape == mask.shape:
       a, b = a * mask, b * mask
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["balanced", "one row each, then all to one"])
+def test_computed_rows_stay_near_the_active_ones(routing):
+  num_slots, num_experts = 4096 * 2, 32
+  exchange = Exchange(num_experts, Implementation.XLA, None, 1, 1.5)
+  tile = dispatch.alignment(num_slots, exchange)
+  ids = np.arange(num_slots) % num_experts
+  if routing != "balanced":  # The most that padding can cost: 31 tiles for 31 rows.
+    ids[num_experts:] = 0
+  sizes = np.bincount(ids, minlength=num_experts)
+  computed = (-(-sizes // tile) * tile).sum()
+  assert computed <= 1.3 * num_slots
+  rows = dispatch.order_rows(jnp.asarray(ids, jnp.int32), num_experts, tile).slot_of_row
+  assert computed <= len(rows) <= 1.3 * num_slots
