@@ -22,12 +22,13 @@ from grain.experimental import FirstFitPackIterDataset
 from grain.sources import ArrayRecordDataSource
 
 from mfjax.bench import experts
-from mfjax.config import DataConfig, unknown_name
+from mfjax.config import DataConfig
 from mfjax.data.index import TRAIN, DataIndex, open_index
 from mfjax.data.pipeline import TrainStream, empty_batch, load
 from mfjax.data.plan import Planner
 from mfjax.data.prepare import PrepareOptions, prepare
 from mfjax.data.shards import DocumentReader
+from mfjax.schema import unknown_name
 
 _DATA = flags.DEFINE_string("data", None, "Prepared data to read. Default: synthetic documents.")
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Predictions per row.")

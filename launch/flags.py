@@ -1,8 +1,8 @@
 """Flags that commands share: the run's config with typed overrides, and its working directory.
 
 Importing this module registers `--config`, `--config.FIELD` and `--workdir`. The overrides are
-not `ml_collections.config_flags`: it answers an unknown field with a traceback and knows neither
-enums by value nor the mixture's pairs.
+not `ml_collections.config_flags`: it answers an unknown field with a traceback and cannot override
+lists such as the mixture.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from typing import Any
 from absl import flags
 
 import configs
-from mfjax.config import RunConfig, flatten, unknown_name
+from mfjax.config import RunConfig
+from mfjax.schema import flatten, unknown_name
 
 _CONFIG = flags.DEFINE_string(
   "config", None, "The run: a Python file with get_config(), or a name in configs/ (quickstart)."

@@ -21,7 +21,7 @@ from typing import Any
 from absl import app, flags, logging
 
 import launch
-from mfjax.config import unknown_name
+from mfjax.schema import unknown_name
 
 FLAGS = flags.FLAGS
 USAGE_ERROR = 2

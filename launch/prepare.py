@@ -16,10 +16,10 @@ from typing import Any
 
 from absl import flags
 
-from mfjax.config import coerce
 from mfjax.data.documents import EncodingErrors, Reading
 from mfjax.data.index import DataIndex
 from mfjax.data.prepare import Corpus, PrepareOptions, Progress, prepare
+from mfjax.schema import coerce
 
 _OUT = flags.DEFINE_string("out", None, "Directory to write, new or empty.")
 _INPUT = flags.DEFINE_multi_string("input", [], "DOMAIN=PATH. May be repeated, also per domain.")

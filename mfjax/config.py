@@ -6,108 +6,21 @@ here touches a device.
 """
 
 import dataclasses
-import difflib
 import enum
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any, Self
 
+from mfjax.schema import (
+  Checked,
+  flatten,
+  fraction,
+  from_plain,
+  not_negative,
+  positive,
+  to_plain,
+)
 from pallas_kernels.implementation import Implementation
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Return {'model.d_ff': 2048, ...} for a nested dict from `to_dict`."""
-  leaves: dict[str, Any] = {}
-  for key, value in values.items():
-    if isinstance(value, Mapping):
-      leaves |= flatten(value, f"{prefix}{key}.")
-    else:
-      leaves[prefix + key] = value
-  return leaves
-
-
-def unknown_name(name: str, known: typing.Iterable[str], what: str) -> str:
-  """Return a sentence about an unknown name, with the nearest known ones."""
-  known = sorted(known)
-  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-  if not near:  # A right leaf name under the wrong section.
-    near = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]][:1]
-  hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-  return f"unknown {what} {name!r}: {hint}"
-
-
-def coerce(value: Any, kind: Any, name: str) -> Any:
-  """Return `value` as type `kind` (bool, int, float, str, enum, tuple of pairs, or config).
-
-  Raises:
-    ValueError: the value is not of that type; names the field, the value and what is expected.
-  """
-  if isinstance(kind, type) and issubclass(kind, enum.Enum):
-    if isinstance(value, kind):
-      return value
-    if value in [member.value for member in kind]:
-      return kind(value)
-    choices = [member.value for member in kind]
-    raise ValueError(f"{name}={value!r}: {unknown_name(str(value), choices, 'choice')}")
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    try:
-      value = float(value)
-    except OverflowError as error:
-      raise ValueError(f"{name} has {value.bit_length()} bits: give a finite number") from error
-  if kind is float and isinstance(value, float) and not math.isfinite(value):
-    raise ValueError(f"{name}={value!r} must be a finite number")
-  if typing.get_origin(kind) is tuple:
-    return _coerce_pairs(value, name)
-  expected = typing.get_origin(kind) or kind
-  if not isinstance(value, expected) or (kind is int and isinstance(value, bool)):
-    raise ValueError(f"{name}={value!r} has type {type(value).__name__}: give a {kind.__name__}")
-  return value
-
-
-def _coerce_pairs(value: Any, name: str) -> tuple[tuple[str, float], ...]:
-  pairs = value.items() if isinstance(value, Mapping) else value
-  try:
-    if isinstance(pairs, str):  # The empty one would pass for no pairs.
-      raise TypeError("text is no sequence of pairs")
-    return tuple((coerce(k, str, name), coerce(v, float, name)) for k, v in pairs)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{name}={value!r}: give (domain, share) pairs") from error
-
-
-def _field_types(cls: type) -> dict[str, Any]:
-  hints = typing.get_type_hints(cls)
-  return {f.name: hints[f.name] for f in dataclasses.fields(typing.cast(Any, cls))}
-
-
-def _to_plain(value: Any) -> Any:
-  if dataclasses.is_dataclass(value):
-    return {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-  if isinstance(value, enum.Enum):
-    return value.value
-  if isinstance(value, tuple):
-    return [_to_plain(item) for item in value]
-  return value
-
-
-def _from_plain(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-  kinds = _field_types(cls)
-  if not isinstance(values, Mapping):
-    raise ValueError(f"{prefix.rstrip('.')}={values!r}: expected fields {', '.join(kinds)}")
-  built: dict[str, Any] = {}
-  for name, value in values.items():
-    if name not in kinds:
-      raise ValueError(unknown_name(prefix + str(name), [prefix + k for k in kinds], "field"))
-    is_config = dataclasses.is_dataclass(kinds[name])
-    built[name] = (
-      _from_plain(kinds[name], value, f"{prefix}{name}.")
-      if is_config
-      else coerce(value, kinds[name], prefix + name)
-    )
-  try:
-    return cls(**built)
-  except ValueError as error:
-    raise ValueError(f"{prefix}{error}" if prefix else str(error)) from error
 
 
 class DType(enum.Enum):
@@ -197,41 +110,8 @@ class OnSaveError(enum.Enum):
   CONTINUE = "continue"
 
 
-def _positive(owner: object, *names: str) -> None:
-  for name in names:
-    value = getattr(owner, name)
-    if value <= 0:
-      raise ValueError(f"{name}={value} must be positive")
-
-
-def _not_negative(owner: object, *names: str) -> None:
-  for name in names:
-    value = getattr(owner, name)
-    if value < 0:
-      raise ValueError(f"{name}={value} must not be negative")
-
-
-def _fraction(owner: object, *names: str) -> None:
-  for name in names:
-    value = getattr(owner, name)
-    if not 0 <= value < 1:
-      raise ValueError(f"{name}={value} must be at least 0 and below 1")
-
-
-class _Checked:
-  """Checks every field's type before a config's own rules run."""
-
-  def __post_init__(self) -> None:
-    for field, kind in _field_types(type(self)).items():
-      object.__setattr__(self, field, coerce(getattr(self, field), kind, field))
-    self._validate()
-
-  def _validate(self) -> None:
-    pass
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
   """Shape of a ModuleFormer; defaults are MoLM-350M-4B."""
 
   vocab_size: int = 50295
@@ -256,11 +136,11 @@ class ModelConfig(_Checked):
   compute_dtype: DType = DType.BFLOAT16
 
   def _validate(self) -> None:
-    _positive(self, "vocab_size", "d_model", "num_layers", "num_heads", "d_attention", "d_ff")
-    _positive(self, "num_attention_experts", "num_ff_experts", "attention_top_k", "ff_top_k")
-    _positive(self, "d_gate", "layer_norm_eps", "init_std")
-    _not_negative(self, "sample_top_k")
-    _fraction(self, "embedding_dropout", "residual_dropout", "router_dropout")
+    positive(self, "vocab_size", "d_model", "num_layers", "num_heads", "d_attention", "d_ff")
+    positive(self, "num_attention_experts", "num_ff_experts", "attention_top_k", "ff_top_k")
+    positive(self, "d_gate", "layer_norm_eps", "init_std")
+    not_negative(self, "sample_top_k")
+    fraction(self, "embedding_dropout", "residual_dropout", "router_dropout")
     for kind in ("attention", "ff"):
       top_k, num_experts = getattr(self, f"{kind}_top_k"), getattr(self, f"num_{kind}_experts")
       if top_k > num_experts:
@@ -303,7 +183,7 @@ class ModelConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig(_Checked):
+class MeshConfig(Checked):
   """Devices by axis. One axis may be -1: the remaining devices."""
 
   data: int = -1
@@ -328,7 +208,7 @@ class MeshConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelConfig(_Checked):
+class KernelConfig(Checked):
   """Implementation of each operation that has a kernel."""
 
   grouped_matmul: Implementation = Implementation.AUTO
@@ -336,7 +216,7 @@ class KernelConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(_Checked):
+class DataConfig(Checked):
   """Prepared data and how it becomes batches.
 
   `path` is a directory that `mfjax prepare` wrote. `mixture` maps domains to shares of tokens;
@@ -353,7 +233,7 @@ class DataConfig(_Checked):
   prefetch_batches: int = 2
 
   def _validate(self) -> None:
-    _positive(self, "sequence_length", "batch_rows", "window_tokens", "prefetch_batches")
+    positive(self, "sequence_length", "batch_rows", "window_tokens", "prefetch_batches")
     for domain, share in self.mixture:
       if not share > 0:
         raise ValueError(f"mixture gives domain {domain!r} the share {share}: it must be positive")
@@ -364,7 +244,7 @@ class DataConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig(_Checked):
+class LossConfig(Checked):
   """Weights of the losses; `chunk_tokens` bounds the rows of logits that a device holds at once."""
 
   aux: AuxLoss = AuxLoss.MUTUAL_INFORMATION
@@ -374,12 +254,12 @@ class LossConfig(_Checked):
   chunk_tokens: int = 2048
 
   def _validate(self) -> None:
-    _not_negative(self, "aux_weight", "z_weight")
-    _positive(self, "chunk_tokens")
+    not_negative(self, "aux_weight", "z_weight")
+    positive(self, "chunk_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(_Checked):
+class OptimizerConfig(Checked):
   """AdamW with a warm-up and a schedule over `TrainConfig.steps`.
 
   `clip_norm` 0: no clipping. With a bfloat16 `gradient_dtype` the sum over microbatches rounds
@@ -401,9 +281,9 @@ class OptimizerConfig(_Checked):
   second_moment_dtype: DType = DType.FLOAT32
 
   def _validate(self) -> None:
-    _positive(self, "learning_rate", "eps")
-    _not_negative(self, "warmup_steps", "weight_decay", "clip_norm")
-    _fraction(self, "beta1", "beta2")
+    positive(self, "learning_rate", "eps")
+    not_negative(self, "warmup_steps", "weight_decay", "clip_norm")
+    fraction(self, "beta1", "beta2")
     for name in ("decay_fraction", "final_fraction"):
       value = getattr(self, name)
       if not 0 <= value <= 1:
@@ -411,7 +291,7 @@ class OptimizerConfig(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Checked):
+class TrainConfig(Checked):
   """Length of the run and what one step does."""
 
   steps: int = 100_000
@@ -423,12 +303,12 @@ class TrainConfig(_Checked):
   tensorboard: bool = True
 
   def _validate(self) -> None:
-    _positive(self, "steps", "microbatches", "max_skipped_steps", "log_every")
-    _not_negative(self, "seed")
+    positive(self, "steps", "microbatches", "max_skipped_steps", "log_every")
+    not_negative(self, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig(_Checked):
+class EvalConfig(Checked):
   """Held-out loss by domain, every `every` steps and at the end (0: at the end only).
 
   `max_tokens` bounds the predictions per domain while training, to whole documents (0: all); the
@@ -440,11 +320,11 @@ class EvalConfig(_Checked):
   sample_tokens: int = 0
 
   def _validate(self) -> None:
-    _not_negative(self, "every", "max_tokens", "sample_tokens")
+    not_negative(self, "every", "max_tokens", "sample_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(_Checked):
+class CheckpointConfig(Checked):
   """When checkpoints are written and which are kept (`keep_every` 0: only the last ones)."""
 
   every: int = 1000
@@ -453,23 +333,23 @@ class CheckpointConfig(_Checked):
   on_save_error: OnSaveError = OnSaveError.STOP
 
   def _validate(self) -> None:
-    _positive(self, "every", "keep_last")
-    _not_negative(self, "keep_every")
+    positive(self, "every", "keep_last")
+    not_negative(self, "keep_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProfileConfig(_Checked):
+class ProfileConfig(Checked):
   """A JAX profiler trace of `num_steps` steps from `start_step` on (0 steps: no trace)."""
 
   start_step: int = 10
   num_steps: int = 0
 
   def _validate(self) -> None:
-    _not_negative(self, "start_step", "num_steps")
+    not_negative(self, "start_step", "num_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(_Checked):
+class RunConfig(Checked):
   """Everything that defines a run."""
 
   model: ModelConfig = ModelConfig()
@@ -498,7 +378,7 @@ class RunConfig(_Checked):
 
   def to_dict(self) -> dict[str, Any]:
     """Return a JSON-able nested dict; enums become their values."""
-    return _to_plain(self)
+    return to_plain(self)
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -507,7 +387,7 @@ class RunConfig(_Checked):
     Raises:
       ValueError: an unknown field (with the nearest known one) or a value of the wrong type.
     """
-    return _from_plain(cls, values, "")
+    return from_plain(cls, values, "")
 
   def differences(self, other: Self) -> list[str]:
     """Return one 'field: mine != theirs' line per leaf that differs."""

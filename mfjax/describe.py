@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mfjax import model, sharding
-from mfjax.config import DType, ModelConfig, Placement, Remat, RunConfig, flatten
+from mfjax.config import DType, ModelConfig, Placement, Remat, RunConfig
+from mfjax.schema import flatten
 
 _FLOAT32_BYTES = 4
 _INT32_BYTES = 4

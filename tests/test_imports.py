@@ -22,6 +22,7 @@ BELOW = {
 
 # A batch's way through mfjax: a module reaches none of its own row and none of a later one.
 CHAIN = (
+  {"schema"},
   {"config"},
   {"sharding"},
   {"layers"},

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mfjax.config import coerce, unknown_name
+from mfjax.schema import coerce, unknown_name
 
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"

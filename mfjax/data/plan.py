@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from mfjax.config import DataConfig, DataEnd, RowFormat, unknown_name
+from mfjax.config import DataConfig, DataEnd, RowFormat
 from mfjax.data import packing
 from mfjax.data.index import TRAIN, DataIndex
 from mfjax.data.permutation import permute
+from mfjax.schema import unknown_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mfjax.config import unknown_name
 from mfjax.data import index as data_index
+from mfjax.schema import unknown_name
 
 BYTES = "bytes"
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import configs
 from launch import flags
-from mfjax.config import Gate, RunConfig, flatten
+from mfjax.config import Gate, RunConfig
+from mfjax.schema import flatten
 
 LEAVES = sorted(flatten(RunConfig().to_dict()))
 CONFIGS = sorted(file.stem for file in pathlib.Path(configs.__file__).parent.glob("[!_]*.py"))
