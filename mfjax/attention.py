@@ -31,11 +31,14 @@ class Cache(NamedTuple):
   values: jax.Array | None  # [B, S, H, h]
 
 
-def write_cache(cache: Cache, keys: jax.Array, values: jax.Array, position: jax.Array) -> Cache:
+def write_cache(
+  cache: Cache, keys: jax.Array, values: jax.Array | None, position: jax.Array
+) -> Cache:
   """Return the cache with [B, T, H, h] keys and values written from `position` on."""
   write = jax.lax.dynamic_update_slice_in_dim
   new_values = cache.values
   if new_values is not None:
+    assert values is not None
     new_values = write(new_values, values.astype(new_values.dtype), position, 1)
   return Cache(write(cache.keys, keys.astype(cache.keys.dtype), position, 1), new_values)
 
@@ -95,7 +98,7 @@ class AttentionExperts(nnx.Module):
       cache = write_cache(cache, k_BTHh, v_BTHh, position)
       if x_BTD.shape[1] == 1:
         k_BTHh = cache.keys
-        v_BTHh = cache.keys if cache.values is None else cache.values
+        v_BTHh = cache.values
         k_segments = cache_segments_BS
     layout = experts.expert_layout(
       self.router.num_experts,
@@ -109,7 +112,7 @@ class AttentionExperts(nnx.Module):
     def local(
       x_BTD: jax.Array,
       k_BTHh: jax.Array,
-      v_BTHh: jax.Array,
+      v_BTHh: jax.Array | None,
       segments: tuple[jax.Array, jax.Array],
       ids_BTK: jax.Array,
       p_BTK: jax.Array,
@@ -120,7 +123,12 @@ class AttentionExperts(nnx.Module):
       q_SA = experts.project_in(layout, x_BTD.reshape(-1, d_model), weights["w_in"], plan)
       q_BTKHh = q_SA.reshape(batch, length, layout.top_k, *heads)
       o_BTKHh = stick_breaking_attention(
-        q_BTKHh, k_BTHh, v_BTHh, *segments, implementation=self.kernels.stick_breaking
+        q_BTKHh,
+        k_BTHh,
+        v_BTHh,
+        *segments,
+        implementation=self.kernels.stick_breaking,
+        eps=self.kernels.stick_breaking_eps,
       )
       o_SA = o_BTKHh.reshape(q_SA.shape)
       p_TK = p_BTK.reshape(-1, layout.top_k)
@@ -133,11 +141,12 @@ class AttentionExperts(nnx.Module):
     y_BTD = attend(x_BTD, k_BTHh, v_BTHh, segments, *routing, weights)
     return y_BTD, statistics, cache
 
-  def _keys_and_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def _keys_and_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Return keys and values [B, T, H, h]; None for values that are the keys."""
     shape = (*x_BTD.shape[:2], self.config.num_heads, self.config.head_dim)
     if self.config.identity_kv:
       k_BTHh = x_BTD.reshape(shape, out_sharding=BATCH)
-      return k_BTHh, k_BTHh
+      return k_BTHh, None
 
     def project(weight: jax.Array, bias: jax.Array) -> jax.Array:
       y_BTA = linear(x_BTD, weight, is_sharded=True)

@@ -209,10 +209,18 @@ class MeshConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig(Checked):
-  """Implementation of each operation that has a kernel."""
+  """Implementation of each operation that has a kernel.
+
+  `stick_breaking_eps`: a kernel skips the keys to the left once less than this share of the stick
+  is left to every query of a tile; 0 is exact. The error of an output is at most eps times max |v|.
+  """
 
   grouped_matmul: Implementation = Implementation.AUTO
   stick_breaking: Implementation = Implementation.AUTO
+  stick_breaking_eps: float = 0.0
+
+  def _validate(self) -> None:
+    fraction(self, "stick_breaking_eps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,12 @@ from mfjax.dispatch import Exchange, Plan, RowOrder
 from mfjax.layers import expert_matrix, parameter
 from mfjax.router import Router, RouterStatistics
 from mfjax.sharding import BATCH, WEIGHT_AXES, spec
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer
+from pallas_kernels.grouped_matmul import (
+  grouped_matmul,
+  grouped_matmul_gelu,
+  grouped_matmul_gelu_backward,
+  grouped_outer,
+)
 
 SAVED_HIDDEN, SAVED_PLAN = "expert_hidden", "expert_plan"
 
@@ -94,6 +99,15 @@ class _Products:
     sizes = self.this.order.group_sizes
     return grouped_matmul(rows, weights, sizes, transpose_rhs=transpose, **self.options)
 
+  def matmul_gelu(self, rows: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return grouped_matmul_gelu(rows, weights, self.this.order.group_sizes, **self.options)
+
+  def matmul_gelu_backward(
+    self, dy_rows: jax.Array, w_out: jax.Array, hidden: jax.Array, p_rows: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    sizes = self.this.order.group_sizes
+    return grouped_matmul_gelu_backward(dy_rows, w_out, hidden, p_rows, sizes, **self.options)
+
   def outer(self, a: jax.Array, b: jax.Array) -> jax.Array:
     return grouped_outer(a, b, self.this.order.group_sizes, **self.options)
 
@@ -120,13 +134,10 @@ def _scatter(gradient: jax.Array, dim: int, layout: ExpertLayout) -> jax.Array:
   return jax.lax.psum_scatter(gradient, layout.gather_axes, scatter_dimension=dim, tiled=True)
 
 
-def _activation(hidden: jax.Array) -> jax.Array:
-  return jax.nn.gelu(hidden, approximate=True)
-
-
 def _weighted_sum(y_SD: jax.Array, p_TK: jax.Array, dtype: Any) -> jax.Array:
+  # Not an einsum: a GPU would get a batch of tiny matrix products and no fusion with the gather.
   y_TKD = y_SD.reshape(*p_TK.shape, -1)
-  return jnp.einsum("tkd,tk->td", y_TKD, p_TK, preferred_element_type=jnp.float32).astype(dtype)
+  return (y_TKD * p_TK[:, :, None]).sum(1, dtype=jnp.float32).astype(dtype)
 
 
 def _sum_choices(dx_SD: jax.Array, top_k: int, dtype: Any) -> jax.Array:
@@ -135,7 +146,7 @@ def _sum_choices(dx_SD: jax.Array, top_k: int, dtype: Any) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum("rf,rf->r", a, b, preferred_element_type=jnp.float32)
+  return (a.astype(jnp.float32) * b).sum(1)
 
 
 # Feed-forward experts -----------------------------------------------------------------------------
@@ -175,9 +186,9 @@ def _feed_forward(
 
   def run(index: jax.Array, y_SD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     products = _Products(plan, index, layout)
-    hidden = products.matmul(products.token_rows(x_TD), w_in_full)
+    hidden, activation = products.matmul_gelu(products.token_rows(x_TD), w_in_full)
     hidden = checkpoint_name(hidden, SAVED_HIDDEN)
-    y_rows = products.matmul(_activation(hidden), w_out_full)
+    y_rows = products.matmul(activation, w_out_full)
     return products.slots(y_rows, y_SD), hidden
 
   y_SD, hidden = run(jnp.int32(0), None)
@@ -198,13 +209,10 @@ def _feed_forward_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -
     x_rows = products.token_rows(x_TD)
     if hidden is None:
       hidden = products.matmul(x_rows, w_in_full)
-    activation, d_activation = jax.vjp(_activation, hidden)
     dy_rows = products.token_rows(dy_TD)
     p_rows = products.slot_rows(p_TK.reshape(-1))
-    u_rows = products.matmul(dy_rows, w_out_full, transpose=True)
-    dp_S = products.slots(_dot(activation, u_rows), dp_S)
-    (d_hidden,) = d_activation((u_rows * p_rows[:, None]).astype(dtype))
-    weighted = (activation * p_rows[:, None]).astype(dtype)
+    d_hidden, weighted, dp_rows = products.matmul_gelu_backward(dy_rows, w_out_full, hidden, p_rows)
+    dp_S = products.slots(dp_rows, dp_S)
     dw_out = _add(dw_out, products.outer(weighted, dy_rows))
     dw_in = _add(dw_in, products.outer(x_rows, d_hidden))
     dx_SD = products.slots(products.matmul(d_hidden, w_in_full, transpose=True), dx_SD)

@@ -398,6 +398,11 @@ class _Run:
       f"{sum(total.values()):,} parameters, {sum(active.values()):,} active per token; "
       f"mesh {axes} of {devices[0].device_kind}"
     )
+    kernels = self.config.kernels
+    self.writer.say(
+      f"kernels: grouped_matmul {kernels.grouped_matmul.value}, "
+      f"stick_breaking {kernels.stick_breaking.value}"
+    )
     self.writer.say(
       f"MFU is relative to {self.meter.peak.flops_per_second / 1e12:.4g} TFLOP/s per device "
       f"({self.meter.peak.source})"

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels.grouped_matmul as grouped_matmul
 import pallas_kernels.stick_breaking as stick_breaking
 from mfjax import losses, model, sharding
-from mfjax.config import AuxLoss, KernelConfig, RunConfig, Statistics
+from mfjax.config import AuxLoss, KernelConfig, ModelConfig, RunConfig, Statistics
 from mfjax.model import Execution
 from mfjax.optimizer import learning_rate, make_optimizer
 from mfjax.router import RouterStatistics
@@ -28,15 +28,29 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
 
 
-def resolve_kernels(config: KernelConfig, platform: str) -> KernelConfig:
-  """Return the config with AUTO replaced by this platform's choice ('cpu', 'gpu' or 'tpu').
+def resolve_kernels(config: KernelConfig, platform: str, model: ModelConfig) -> KernelConfig:
+  """Return the config with AUTO replaced by a platform's choice for a model, and checked.
+
+  Args:
+    config: the choices. platform: 'cpu', 'gpu' or 'tpu'. model: what will be computed.
 
   Raises:
-    NotImplementedError: a choice that does not exist; names those that do.
+    NotImplementedError: a choice that cannot run there or do these sizes; names what can.
   """
-  return KernelConfig(
-    grouped_matmul=grouped_matmul.resolve(config.grouped_matmul, platform),
-    stick_breaking=stick_breaking.resolve(config.stick_breaking, platform),
+  dtype = jnp.dtype(model.compute_dtype.value)
+  products = (
+    (model.num_attention_experts, model.d_model, model.d_attention),
+    (model.num_attention_experts, model.d_attention, model.d_model),
+    (model.num_ff_experts, model.d_model, model.d_ff),
+    (model.num_ff_experts, model.d_ff, model.d_model),
+  )
+  heads, slots = (model.num_heads, model.head_dim), model.attention_top_k
+  return dataclasses.replace(
+    config,
+    grouped_matmul=grouped_matmul.resolve(config.grouped_matmul, platform, dtype, products),
+    stick_breaking=stick_breaking.resolve(
+      config.stick_breaking, platform, dtype, heads, slots, model.identity_kv
+    ),
   )
 
 
@@ -49,7 +63,7 @@ def resolve(config: RunConfig, mesh: Mesh) -> RunConfig:
   sizes = dict(mesh.shape)
   sharding.check_divisible(config.model, config.mesh, config.data, config.train.microbatches, sizes)
   try:
-    kernels = resolve_kernels(config.kernels, mesh.devices.flat[0].platform)
+    kernels = resolve_kernels(config.kernels, mesh.devices.flat[0].platform, config.model)
   except NotImplementedError as error:
     raise ValueError(f"config.kernels: {error}") from error
   return dataclasses.replace(config, kernels=kernels)

@@ -1,9 +1,7 @@
 """A routed feed-forward layer beside a dense one of the same active FLOPs."""
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,8 +10,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mfjax import dispatch, experts, sharding
+from mfjax.bench.timing import Call, take_turns
 from mfjax.config import KernelConfig, MeshConfig, Placement
-from mfjax.train_step import resolve_kernels
+from pallas_kernels import grouped_matmul
+from pallas_kernels.implementation import Implementation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def measure(shape: ExpertShape, device: jax.Device, repeats: int) -> list[Expert
   """
   dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
   with jax.set_mesh(sharding.make_mesh(MeshConfig(), [device])):
-    return [_measure_one(shape, name, device, dtype, repeats) for name in _ROUTINGS]
+    return list(_measure(shape, device, dtype, repeats))
 
 
 def _balanced(shape: ExpertShape, rng: np.random.Generator) -> np.ndarray:
@@ -73,21 +73,23 @@ def _skewed(shape: ExpertShape, rng: np.random.Generator) -> np.ndarray:
 _ROUTINGS = {"balanced": _balanced, "random": _random, "half to one": _skewed}
 
 
-def _measure_one(
-  shape: ExpertShape, name: str, device: jax.Device, dtype: Any, repeats: int
-) -> ExpertTiming:
-  rng = np.random.default_rng(0)
-  ids = _ROUTINGS[name](shape, rng).astype(np.int32)
-  kernels = resolve_kernels(KernelConfig(), device.platform)
+def _measure(
+  shape: ExpertShape, device: jax.Device, dtype: Any, repeats: int
+) -> Iterator[ExpertTiming]:
+  products = ((shape.num_experts, shape.d_model, shape.d_ff),)
+  kernels = KernelConfig(
+    grouped_matmul=grouped_matmul.resolve(Implementation.AUTO, device.platform, dtype, products)
+  )
   layout = experts.expert_layout(
     shape.num_experts, shape.top_k, Placement.EXPERT, MeshConfig(), kernels
   )
+  keys = iter(jax.random.split(jax.random.key(0), 5))
 
   def draw(*size: int) -> jax.Array:
-    return jnp.asarray(rng.standard_normal(size) * size[-2] ** -0.5, jnp.float32)
+    return jax.random.normal(next(keys), size) * size[-2] ** -0.5
 
   d_model, d_ff, wide = shape.d_model, shape.d_ff, shape.d_ff * shape.top_k
-  x = jnp.asarray(rng.standard_normal((shape.tokens, d_model)), dtype)
+  x = jax.random.normal(next(keys), (shape.tokens, d_model), dtype)
   weights = jnp.full((shape.tokens, shape.top_k), 1 / shape.top_k, jnp.float32)
   w_in, w_out = draw(shape.num_experts, d_model, d_ff), draw(shape.num_experts, d_ff, d_model)
 
@@ -97,32 +99,34 @@ def _measure_one(
     plan = experts.make_plan(layout, ids)
     return experts.feed_forward(layout, x, weights, w_in, w_out, plan)
 
-  def routed(x: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
-    apply = jax.shard_map(local, in_specs=P(), out_specs=P(), check_vma=False)
-    return apply(x, w_in, w_out, weights, jnp.asarray(ids))
+  routed = jax.shard_map(local, in_specs=P(), out_specs=P(), check_vma=False)
 
   def dense(x: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
     return jax.nn.gelu(x @ w_in.astype(dtype), approximate=True) @ w_out.astype(dtype)
 
-  arguments = {"routed": (x, w_in, w_out), "dense": (x, draw(d_model, wide), draw(wide, d_model))}
   functions: dict[str, Callable[..., Any]] = {
     "routed": jax.jit(routed),
     "dense": jax.jit(dense),
     "routed training": jax.jit(_with_gradients(routed)),
     "dense training": jax.jit(_with_gradients(dense)),
   }
-  _check(functions["routed"](*arguments["routed"]), x, w_in, w_out, ids, dtype)
-  seconds = _take_turns({n: (f, arguments[n.split()[0]]) for n, f in functions.items()}, repeats)
-  tile = dispatch.alignment(ids.size, layout.exchange)
-  computed = sum(-(-size // tile) * tile for size in np.bincount(ids.ravel()))
-  return ExpertTiming(
-    routing=name,
-    rows_ratio=computed / ids.size,
-    forward=seconds["routed"],
-    dense_forward=seconds["dense"],
-    training=seconds["routed training"],
-    dense_training=seconds["dense training"],
-  )
+  dense_args = (x, draw(d_model, wide), draw(wide, d_model))
+  tile = dispatch.alignment(shape.tokens * shape.top_k, layout.exchange)
+  for name, routing in _ROUTINGS.items():
+    ids = routing(shape, np.random.default_rng(0)).astype(np.int32)
+    args = {"routed": (x, w_in, w_out, weights, jnp.asarray(ids)), "dense": dense_args}
+    _check(functions["routed"](*args["routed"]), x, w_in, w_out, ids, dtype)
+    calls = {name: Call(function, args[name.split()[0]]) for name, function in functions.items()}
+    seconds = take_turns(calls, repeats)
+    computed = sum(-(-size // tile) * tile for size in np.bincount(ids.ravel()))
+    yield ExpertTiming(
+      routing=name,
+      rows_ratio=computed / ids.size,
+      forward=seconds["routed"],
+      dense_forward=seconds["dense"],
+      training=seconds["routed training"],
+      dense_training=seconds["dense training"],
+    )
 
 
 def _with_gradients(layer: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -142,17 +146,3 @@ def _check(
     expected = np.mean(np.stack(outputs), axis=0)
     tolerance = 1e-4 if dtype == jnp.float32 else 3e-2
     np.testing.assert_allclose(actual[token], expected, rtol=tolerance, atol=tolerance)
-
-
-def _take_turns(
-  calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], repeats: int
-) -> dict[str, float]:
-  """Return the median seconds of each call; all are called once per repeat, so noise is shared."""
-  samples: dict[str, list[float]] = {name: [] for name in calls}
-  for repeat in range(repeats + 1):
-    for name, (function, args) in calls.items():
-      start = time.perf_counter()
-      jax.block_until_ready(function(*args))
-      if repeat > 0:  # The first call compiles.
-        samples[name].append(time.perf_counter() - start)
-  return {name: statistics.median(times) for name, times in samples.items()}

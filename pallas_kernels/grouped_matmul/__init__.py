@@ -3,9 +3,19 @@
 from pallas_kernels.grouped_matmul.api import (
   group_starts,
   grouped_matmul,
+  grouped_matmul_gelu,
+  grouped_matmul_gelu_backward,
   grouped_outer,
   resolve,
   row_alignment,
 )
 
-__all__ = ["group_starts", "grouped_matmul", "grouped_outer", "resolve", "row_alignment"]
+__all__ = [
+  "group_starts",
+  "grouped_matmul",
+  "grouped_matmul_gelu",
+  "grouped_matmul_gelu_backward",
+  "grouped_outer",
+  "resolve",
+  "row_alignment",
+]

@@ -16,15 +16,15 @@ def matmul(
   starts: jax.Array,
   group_sizes: jax.Array,
   *,
-  tile: int,
+  alignment: int,
   transpose_rhs: bool,
-  out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
   """Return [m, n]: lhs [m, k] times rhs [g, k, n] (or [g, n, k], transposed) of the row's group.
 
-  `starts` [g] are multiples of `tile`, and so is m. Unused rows of the result are unspecified.
+  `starts` [g] are multiples of `alignment`, the row tile, and so is m. Unused rows of the result
+  are unspecified.
   """
-  m = lhs.shape[0]
+  m, tile = lhs.shape[0], alignment
   g, n = rhs.shape[0], rhs.shape[1] if transpose_rhs else rhs.shape[2]
   contract = (((1,), (1,)), ((), ())) if transpose_rhs else (((1,), (0,)), ((), ()))
 
@@ -39,18 +39,18 @@ def matmul(
       product = jax.lax.dot_general(
         rows, weights, contract, precision=precision, preferred_element_type=jnp.float32
       )
-      return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out_dtype), row, 0)
+      return jax.lax.dynamic_update_slice_in_dim(out, product.astype(lhs.dtype), row, 0)
 
     return jax.lax.fori_loop(0, _ceil_div(group_sizes[e], tile), one_tile, out)
 
-  return jax.lax.fori_loop(0, g, group, jnp.zeros((m, n), out_dtype))
+  return jax.lax.fori_loop(0, g, group, jnp.zeros((m, n), lhs.dtype))
 
 
 def outer(
-  lhs: jax.Array, rhs: jax.Array, starts: jax.Array, group_sizes: jax.Array, *, tile: int
+  lhs: jax.Array, rhs: jax.Array, starts: jax.Array, group_sizes: jax.Array, *, alignment: int
 ) -> jax.Array:
   """Return float32 [g, k, n]: per group the sum over its rows of lhs [m, k]^T times rhs [m, n]."""
-  g, k, n = group_sizes.shape[0], lhs.shape[1], rhs.shape[1]
+  g, k, n, tile = group_sizes.shape[0], lhs.shape[1], rhs.shape[1], alignment
   precision = matmul_precision(lhs.dtype)
 
   def group(e: jax.Array, out: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from pallas_kernels.grouped_matmul import api
 from pallas_kernels.implementation import Implementation
 
 K, N = 12, 20
+PORTABLE = (Implementation.REFERENCE, Implementation.XLA)
 
 
 def oracle_matmul(rows, weights, sizes, alignment):
@@ -29,7 +30,7 @@ def oracle_outer(a, b, sizes, alignment):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-@pytest.mark.parametrize("implementation", api.AVAILABLE)
+@pytest.mark.parametrize("implementation", PORTABLE)
 @pytest.mark.parametrize("case", testing.GROUP_SIZES)
 def test_products_equal_the_oracle_and_ignore_unused_rows(case, implementation, dtype, tolerance):
   sizes = testing.GROUP_SIZES[case]
@@ -54,13 +55,26 @@ def test_products_equal_the_oracle_and_ignore_unused_rows(case, implementation, 
   assert outer.dtype == jnp.float32
 
 
-def test_unavailable_implementations_and_wrong_shapes_are_named():
+def test_wrong_shapes_and_dtypes_are_named():
   x, w, sizes = jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.array([4, 4])
-  with pytest.raises(NotImplementedError, match=r"pallas_gpu.*use reference, xla"):
-    api.grouped_matmul(x, w, sizes, alignment=8, implementation=Implementation.PALLAS_GPU)
-  with pytest.raises(NotImplementedError, match="pallas_tpu"):
-    api.resolve(Implementation.PALLAS_TPU, "tpu")
-  bad = jnp.ones((2, 5, 4))
+  options = {"alignment": 8, "implementation": Implementation.XLA}
   with pytest.raises(ValueError, match=r"\(8, 4\), \(2, 5, 4\)"):
-    api.grouped_matmul(x, bad, sizes, alignment=8, implementation=Implementation.XLA)
-  assert api.resolve(Implementation.AUTO, "cpu") is Implementation.XLA
+    api.grouped_matmul(x, jnp.ones((2, 5, 4)), sizes, **options)
+  with pytest.raises(ValueError, match="one dtype.*float32, bfloat16"):
+    api.grouped_matmul(x, w.astype(jnp.bfloat16), sizes, **options)
+  with pytest.raises(ValueError, match="int32 group_sizes.*float32"):
+    api.grouped_matmul(x, w, sizes.astype(jnp.float32), **options)
+  with pytest.raises(ValueError, match="floating point lhs; got int32"):
+    api.grouped_matmul(x.astype(jnp.int32), w, sizes, **options)
+  with pytest.raises(ValueError, match="hidden"):
+    api.grouped_matmul_gelu_backward(x, w, jnp.ones((8, 5)), jnp.ones(8), sizes, **options)
+
+
+def test_choices_are_resolved_or_refused_by_name():
+  shapes = ((2, 128, 256),)
+  assert api.resolve(Implementation.AUTO, "cpu", jnp.float32, shapes) is Implementation.XLA
+  with pytest.raises(NotImplementedError, match=r"pallas_tpu.*'cpu'.*auto, xla"):
+    api.resolve(Implementation.PALLAS_TPU, "cpu", jnp.float32, shapes)
+  x, w, sizes = jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.array([4, 4])
+  with pytest.raises(NotImplementedError, match=r"'auto'.*use reference, xla"):
+    api.grouped_matmul(x, w, sizes, alignment=8, implementation=Implementation.AUTO)
