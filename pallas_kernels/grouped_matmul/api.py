@@ -123,15 +123,17 @@ def grouped_outer(
   *,
   alignment: int,
   implementation: Implementation,
+  out_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
   """Sum the outer products of each group's rows: the gradient of the grouped matrices.
 
   Args:
     lhs: [m, k], rhs: [m, n]: rows sorted by group. group_sizes: int32 [g].
     alignment, implementation: as in `grouped_matmul`.
+    out_dtype: what the float32 sum is rounded to.
 
   Returns:
-    float32 [g, k, n]; 0 for an empty group.
+    [g, k, n] in `out_dtype`; 0 for an empty group.
 
   Raises:
     ValueError, NotImplementedError: as in `grouped_matmul`.
@@ -141,10 +143,11 @@ def grouped_outer(
     raise ValueError(f"grouped_outer needs [m, k] and [m, n] of one dtype; got {lhs} and {rhs}")
   starts = group_starts(group_sizes, alignment)
   if implementation is Implementation.REFERENCE:
-    return reference.outer(lhs, rhs, starts, group_sizes)
+    return reference.outer(lhs, rhs, starts, group_sizes).astype(out_dtype)
+  options: Any = {"alignment": alignment, "out_dtype": out_dtype}
   if implementation is Implementation.XLA:
-    return xla.outer(lhs, rhs, starts, group_sizes, alignment=alignment)
-  options = {"alignment": alignment, **_interpret(implementation)}
+    return xla.outer(lhs, rhs, starts, group_sizes, **options)
+  options |= _interpret(implementation)
   return _kernels(implementation).outer(lhs, rhs, starts, group_sizes, **options)
 
 

@@ -47,9 +47,15 @@ def matmul(
 
 
 def outer(
-  lhs: jax.Array, rhs: jax.Array, starts: jax.Array, group_sizes: jax.Array, *, alignment: int
+  lhs: jax.Array,
+  rhs: jax.Array,
+  starts: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  alignment: int,
+  out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-  """Return float32 [g, k, n]: per group the sum over its rows of lhs [m, k]^T times rhs [m, n]."""
+  """Return [g, k, n]: per group the sum over its rows of lhs [m, k]^T times rhs [m, n]."""
   g, k, n, tile = group_sizes.shape[0], lhs.shape[1], rhs.shape[1], alignment
   precision = matmul_precision(lhs.dtype)
 
@@ -66,9 +72,9 @@ def outer(
 
     zero = jnp.zeros((k, n), jnp.float32)
     total = jax.lax.fori_loop(0, _ceil_div(group_sizes[e], tile), one_tile, zero)
-    return jax.lax.dynamic_update_index_in_dim(out, total, e, 0)
+    return jax.lax.dynamic_update_index_in_dim(out, total.astype(out_dtype), e, 0)
 
-  return jax.lax.fori_loop(0, g, group, jnp.zeros((g, k, n), jnp.float32))
+  return jax.lax.fori_loop(0, g, group, jnp.zeros((g, k, n), out_dtype))
 
 
 def _ceil_div(a: jax.Array, b: int) -> jax.Array:

@@ -1,0 +1,364 @@
+"""Grouped matmul for Hopper GPUs in bf16: Pallas Mosaic GPU kernels.
+
+See the package's legend for the layout of rows. Groups start at multiples of the row tile, so a
+tile never holds rows of two groups, and whole tiles are stored.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import tuning
+from pallas_kernels.grouped_matmul import gpu_kernels as kernels
+from pallas_kernels.grouped_matmul import gpu_pipeline as pipeline
+from pallas_kernels.grouped_matmul.gpu_kernels import UNIT, Place
+from pallas_kernels.grouped_matmul.gpu_pipeline import STEP, Ref, Tiling
+
+TILE_N = 128
+L2_SHARE = 24 * 2**20  # Bytes of a group's matrix that stay in the L2 cache beside other traffic.
+GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
+GELU_CUBIC = 0.044715
+RESERVED = 3072  # Bytes of shared memory for barriers and small slots, each rounded up to 1024.
+LOG2_E = 1.4426950408889634
+
+
+def row_alignment(num_rows: int, num_groups: int) -> int:
+  """Return the multiple at which groups start: the row tile that suits the mean group."""
+  return 128 if num_rows >= 128 * num_groups else 64
+
+
+def matmul(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  starts: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  alignment: int,
+  transpose_rhs: bool,
+  tiling: Tiling | None = None,
+) -> jax.Array:
+  """Return [m, n]: lhs [m, k] times rhs [g, k, n] (or [g, n, k], transposed) of the row's group.
+
+  Raises:
+    NotImplementedError: another dtype than bf16, or k or n not a multiple of 64 or 128.
+  """
+  name = "transposed" if transpose_rhs else "matmul"
+  n = rhs.shape[1] if transpose_rhs else rhs.shape[2]
+  tiling = _resolve(name, tiling, lhs, rhs, n, alignment)
+  [out] = kernels.by_rows(
+    lhs,
+    rhs,
+    (),
+    starts,
+    group_sizes,
+    [jax.ShapeDtypeStruct((lhs.shape[0], n), lhs.dtype)],
+    Write(),
+    transpose_rhs=transpose_rhs,
+    tiling=tiling,
+  )
+  return out
+
+
+def matmul_gelu(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  starts: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  alignment: int,
+  tiling: Tiling | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Return hidden [m, n] = lhs [m, k] times rhs [g, k, n] and gelu_tanh of it.
+
+  Raises:
+    NotImplementedError: as `matmul`.
+  """
+  n = rhs.shape[2]
+  tiling = _resolve("matmul_gelu", tiling, lhs, rhs, n, alignment)
+  out = jax.ShapeDtypeStruct((lhs.shape[0], n), lhs.dtype)
+  hidden, activation = kernels.by_rows(
+    lhs,
+    rhs,
+    (),
+    starts,
+    group_sizes,
+    [out, out],
+    WriteGelu(),
+    transpose_rhs=False,
+    tiling=tiling,
+  )
+  return hidden, activation
+
+
+def matmul_gelu_backward(
+  dy: jax.Array,
+  w_out: jax.Array,
+  hidden: jax.Array,
+  row_weights: jax.Array,
+  starts: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  alignment: int,
+  tiling: Tiling | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return the gradients through a weighted expert's second product and its gelu_tanh.
+
+  Args:
+    dy: [m, d] gradient of the rows' results. w_out: [g, f, d] second matrices.
+    hidden: [m, f] input of the activation. row_weights: float32 [m].
+
+  Returns:
+    With u = dy . w_out^T: d_hidden [m, f] = gelu'(hidden) * row_weights * u; weighted [m, f] =
+    gelu(hidden) * row_weights; float32 [m], the sum over f of gelu(hidden) * u.
+
+  Raises:
+    NotImplementedError: as `matmul`.
+  """
+  m, f = hidden.shape
+  tiling = _resolve("matmul_gelu_backward", tiling, dy, w_out, f, alignment)
+  out = jax.ShapeDtypeStruct((m, f), dy.dtype)
+  parts = jax.ShapeDtypeStruct((f // tiling.tile_n, m), jnp.float32)
+  d_hidden, weighted, sums = kernels.by_rows(
+    dy,
+    w_out,
+    (hidden, row_weights),
+    starts,
+    group_sizes,
+    [out, out, parts],
+    WriteGeluBackward(),
+    transpose_rhs=True,
+    tiling=tiling,
+  )
+  return d_hidden, weighted, jnp.sum(sums, axis=0)
+
+
+def outer(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  starts: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  alignment: int,
+  out_dtype: jax.typing.DTypeLike = jnp.float32,
+  tiling: Tiling | None = None,
+) -> jax.Array:
+  """Return [g, k, n]: per group the sum over its rows of lhs [m, k]^T times rhs [m, n].
+
+  The sum is float32 and rounded once, to `out_dtype`.
+
+  Raises:
+    NotImplementedError: another dtype than bf16, or k or n not a multiple of 128.
+  """
+  (m, k), n, g = lhs.shape, rhs.shape[1], group_sizes.shape[0]
+  _check(lhs.dtype, rhs.dtype, alignment)
+  if k % TILE_N or n % TILE_N:
+    raise NotImplementedError(
+      f"the GPU kernel of grouped_outer needs k and n that are multiples of {TILE_N}; got k={k}, "
+      f"n={n}: use xla"
+    )
+  fields = tuning.lookup("grouped_matmul.outer", lhs.dtype, (m, k, n, g))
+  tiling = tiling or (Tiling(**fields) if fields else outer_tiling(k, n))
+  return kernels.by_groups(lhs, rhs, starts, group_sizes, out_dtype=out_dtype, tiling=tiling)
+
+
+def default_tiling(operation: str, alignment: int, k: int, n: int) -> Tiling:
+  """Return a good tiling of an operation by rows: as many slots as shared memory holds."""
+  slice_bytes = 2 * STEP * (alignment + TILE_N)
+  units = {"matmul_gelu": 4, "matmul_gelu_backward": 2 + alignment * TILE_N // UNIT**2}
+  slot_bytes = 2 * UNIT * UNIT * pipeline.CONSUMERS * units.get(operation, 2)
+  stages = min(8, (pipeline.SHARED_MEMORY - RESERVED - slot_bytes) // slice_bytes)
+  panel = _panel(L2_SHARE // (2 * k * TILE_N), n // TILE_N)
+  return Tiling(tile_m=alignment, tile_n=TILE_N, stages=stages, panel=panel, cluster=1)
+
+
+def outer_tiling(k: int, n: int) -> Tiling:
+  """Return a good tiling of `outer`: tiles that run together span about as much of k as of n."""
+  panel = _panel(pipeline.MULTIPROCESSORS * 9 // 8 // (k // TILE_N), n // TILE_N)
+  return Tiling(tile_m=TILE_N, tile_n=TILE_N, stages=6, panel=panel, cluster=1)
+
+
+def _panel(fit: int, tiles_n: int) -> int:
+  """Return the widest panel that fits and parts the tiles evenly."""
+  return max(w for w in range(1, max(1, min(fit, tiles_n)) + 1) if tiles_n % w == 0)
+
+
+def candidates(
+  operation: str,
+  dtype: jax.typing.DTypeLike,
+  shape: tuple[int, int, int, int],
+  alignment: int,
+) -> tuple[Tiling, ...]:
+  """Return tilings of an operation worth measuring, the default one first.
+
+  Args:
+    operation: as in `tuning.OPERATIONS`, without the module.
+    dtype: of the operands. shape: (m, k, n, g). alignment: of the groups.
+  """
+  _check(jnp.dtype(dtype), jnp.dtype(dtype), alignment)
+  _, k, n, _ = shape
+  is_outer = operation == "outer"
+  first = outer_tiling(k, n) if is_outer else default_tiling(operation, alignment, k, n)
+  tiles_n = n // TILE_N
+  found = [first]
+  for cluster in (1, 2):
+    for panel in (first.panel, 4, 8, 11, 16, 22, 32, tiles_n):
+      if tiles_n % panel == 0 and panel % cluster == 0:
+        found.append(dataclasses.replace(first, cluster=cluster, panel=panel))
+  return tuple(dict.fromkeys(found))
+
+
+def _resolve(
+  name: str, tiling: Tiling | None, lhs: jax.Array, rhs: jax.Array, n: int, alignment: int
+) -> Tiling:
+  """Return the given, the measured or the default tiling, after checking the operands.
+
+  A row tile must not hold rows of two groups: it is lowered to the alignment.
+  """
+  m, k = lhs.shape
+  _check(lhs.dtype, rhs.dtype, alignment)
+  if k % STEP or n % TILE_N:
+    raise NotImplementedError(
+      f"the GPU kernel of grouped_matmul needs k and n that are multiples of {STEP} and {TILE_N}; "
+      f"got k={k}, n={n}: use xla"
+    )
+  if tiling is None:
+    fields = tuning.lookup(f"grouped_matmul.{name}", lhs.dtype, (m, k, n, rhs.shape[0]))
+    tiling = Tiling(**fields) if fields else default_tiling(name, alignment, k, n)
+  return dataclasses.replace(tiling, tile_m=min(tiling.tile_m, alignment))
+
+
+def _check(lhs: Any, rhs: Any, alignment: int) -> None:
+  if lhs != jnp.bfloat16 or rhs != jnp.bfloat16:
+    raise NotImplementedError(
+      f"the GPU kernels of grouped_matmul compute in bfloat16; got {lhs} and {rhs}: use xla"
+    )
+  if alignment not in (64, 128):
+    raise NotImplementedError(
+      f"the GPU kernels of grouped_matmul need groups aligned to 64 or 128 rows, as row_alignment "
+      f"says; got {alignment}: use xla"
+    )
+
+
+class Write:
+  """Epilogue that writes the product."""
+
+  def scratch(self, tiling: Tiling) -> Sequence[Any]:
+    """Return slots for results."""
+    return [pipeline.store_slots(1, (UNIT, UNIT), jnp.bfloat16)]
+
+  def prefetch(self, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]) -> None:
+    """Load nothing."""
+
+  def finish(
+    self, acc: jax.Array, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]
+  ) -> None:
+    """Write the tile [m, n]."""
+    [slots] = scratch
+    for i, unit in enumerate(place.units):
+      value = _part(acc, unit).astype(refs[0].dtype)
+      pipeline.store(slots.at[place.consumer], i, [(place.of(refs[0], unit), value)])
+
+
+class WriteGelu(Write):
+  """Epilogue that writes the product and its gelu_tanh."""
+
+  def scratch(self, tiling: Tiling) -> Sequence[Any]:
+    """Return slots for pairs of results."""
+    return [pipeline.store_slots(2, (UNIT, UNIT), jnp.bfloat16)]
+
+  def finish(
+    self, acc: jax.Array, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]
+  ) -> None:
+    """Write both tiles [m, n]."""
+    [slots] = scratch
+    for i, unit in enumerate(place.units):
+      hidden = _part(acc, unit)
+      results = zip(refs, (hidden, hidden * _gelu_gate(hidden)[0]), strict=True)
+      values = [(place.of(ref, unit), value.astype(ref.dtype)) for ref, value in results]
+      pipeline.store(slots.at[place.consumer], i, values)
+
+
+class WriteGeluBackward:
+  """Epilogue of `matmul_gelu_backward`: hidden and row_weights come in, three results go out.
+
+  The whole tile of hidden is loaded during the products; d_hidden takes its place.
+  """
+
+  def scratch(self, tiling: Tiling) -> Sequence[Any]:
+    """Return room for weighted, hidden, the row weights and a barrier of these two."""
+    return [
+      pipeline.shared((pipeline.CONSUMERS, UNIT, tiling.tile_n), jnp.bfloat16),
+      pipeline.shared((pipeline.CONSUMERS, tiling.tile_m, tiling.tile_n), jnp.bfloat16),
+      plgpu.SMEM((pipeline.CONSUMERS, tiling.tile_m), jnp.float32),
+      plgpu.Barrier(num_arrivals=2, num_barriers=pipeline.CONSUMERS),
+    ]
+
+  def prefetch(self, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]) -> None:
+    """Load hidden and the row weights."""
+    _, hidden, weights, loaded = (ref.at[place.consumer] for ref in scratch)
+    rows = pl.ds(place.row, place.num_rows)
+    pipeline.wait_for_stores(0)
+    plgpu.copy_gmem_to_smem(
+      refs[0].at[rows, pl.ds(place.column, place.num_columns)],
+      hidden.at[: place.num_rows],
+      loaded,
+    )
+    plgpu.copy_gmem_to_smem(refs[1].at[rows], weights.at[: place.num_rows], loaded)
+
+  def finish(
+    self, acc: jax.Array, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]
+  ) -> None:
+    """Write d_hidden, weighted and the sums over this tile's columns; these replace the inputs."""
+    _, _, d_hidden_ref, weighted_ref, sums_ref = refs
+    weighted, hidden, weights, loaded = (ref.at[place.consumer] for ref in scratch)
+    plgpu.barrier_wait(loaded)
+    for row in range(0, place.num_rows, UNIT):
+      rows = slice(row, row + UNIT)
+      row_weights = plgpu.layout_cast(weights[rows], plgpu.Layout.WGMMA.reduce(1))
+      row_weights = lax.broadcast_in_dim(row_weights, (UNIT, UNIT), (0,))
+      total = jnp.float32(0)
+      for column in range(0, place.num_columns, UNIT):
+        columns = slice(column, column + UNIT)
+        x = plgpu.layout_cast(hidden[rows, columns], plgpu.Layout.WGMMA).astype(jnp.float32)
+        gate, slope = _gelu_gate(x)
+        a, u = x * gate, acc[rows, columns]
+        total += jnp.sum(a * u, axis=1)
+        # gelu' = gate + x gate', where gate = sigmoid(2 z) and so gate' = 2 z' gate (1 - gate).
+        d_hidden = (gate + a * (1 - gate) * (2 * slope)) * row_weights * u
+        hidden[rows, columns] = d_hidden.astype(jnp.bfloat16)
+        if column == 0:
+          pipeline.wait_for_stores(0)
+        weighted[:, columns] = (a * row_weights).astype(jnp.bfloat16)
+      weights[rows] = total
+      destination = (pl.ds(place.row + row, UNIT), pl.ds(place.column, place.num_columns))
+      column_tile = lax.div(place.column, jnp.int32(place.num_columns))
+      pipeline.copy_out(
+        [
+          (hidden.at[rows], d_hidden_ref.at[destination]),
+          (weighted, weighted_ref.at[destination]),
+          (weights.at[rows], sums_ref.at[column_tile, destination[0]]),
+        ]
+      )
+
+
+def _part(acc: jax.Array, unit: tuple[int, int]) -> jax.Array:
+  row, column = unit
+  return lax.optimization_barrier(acc[row : row + UNIT, column : column + UNIT])
+
+
+def _gelu_gate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Return gate and dz/dx of gelu_tanh(x) = x gate, gate = (1 + tanh(z)) / 2 = sigmoid(2 z).
+
+  z = sqrt(2 / pi) (x + 0.044715 x^3). The reciprocal is the square of a reciprocal square root:
+  that is one instruction, a division is many; tanh's fast form is too coarse where gate is small.
+  """
+  square = x * x
+  two_z = x * (square * (2 * GELU_SCALE * GELU_CUBIC) + 2 * GELU_SCALE)
+  root = lax.rsqrt(1 + lax.exp2(-LOG2_E * two_z))
+  return root * root, square * (3 * GELU_SCALE * GELU_CUBIC) + GELU_SCALE
