@@ -1,0 +1,179 @@
+"""Stick-breaking attention for Hopper GPUs: bf16, head dims 64, 128 and 256; wider by gpu_wide.
+
+The forward kernel computes 64-query tiles per warpgroup from the diagonal leftwards; two backward
+kernels recompute the weights from the sticks that it saves. Blocks of keys that no query of a tile
+sees are skipped, segments are compared only in blocks that hold a border.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tuning
+from pallas_kernels.stick_breaking import gpu_backward, gpu_copy, gpu_forward, gpu_wide
+from pallas_kernels.stick_breaking.gpu_blocks import Blocks, Segments, blocks_of
+from pallas_kernels.stick_breaking.gpu_scan import ROWS
+from pallas_kernels.stick_breaking.gpu_tiles import Sizes
+from pallas_kernels.stick_breaking.residuals import named
+
+Tiling = gpu_forward.Tiling
+BackwardTiling = gpu_backward.Tiling
+
+HEAD_DIMS = (64, 128, 256)
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array | None,
+  segments: Segments,
+  scale: float,
+  *,
+  eps: float = 0.0,
+  tiling: Tiling | None = None,
+  backward_tiling: BackwardTiling | None = None,
+) -> jax.Array:
+  """Return [b, q, s, h, d] in q's dtype; differentiable in q, k and v.
+
+  Args:
+    q: [b, q, s, h, d], s query slots sharing the keys; the last query sits at the last key.
+    k, v: [b, t, h, d] with t >= q; v None: the values are the keys.
+    segments: int32 [b, q] of the queries and [b, t] of the keys; 0 is padding.
+    scale: factor of q . k.
+    eps: skip what is left of a tile of queries once less than eps is left of each of its sticks,
+      an absolute error of at most eps times the largest value; 0: exact.
+    tiling, backward_tiling: sizes, else measured ones, else a guess from the shape.
+
+  Raises:
+    NotImplementedError: another dtype or head dim.
+  """
+  b, num_queries, num_slots, num_heads, dim = q.shape
+  if dim > HEAD_DIMS[-1]:
+    return gpu_wide.attention(q, k, v, segments, scale, eps=eps)
+  if q.dtype != jnp.bfloat16:
+    raise NotImplementedError(
+      f"the GPU kernel of stick-breaking attention takes bfloat16, not {q.dtype}: use xla"
+    )
+  if dim not in HEAD_DIMS:
+    raise NotImplementedError(
+      f"the GPU kernel of stick-breaking attention has head dims {HEAD_DIMS}, not {dim}: use xla"
+    )
+  sizes = Sizes(
+    batch=b,
+    num_queries=num_queries,
+    num_keys=k.shape[1],
+    num_heads=num_slots * num_heads,
+    num_kv_heads=num_heads,
+    dim=dim,
+    dtype=q.dtype,
+  )
+  shape = (num_queries, sizes.num_keys, num_slots, dim)
+  if tiling is None:
+    fields = tuning.lookup("stick_breaking.forward", q.dtype, shape)
+    tiling = Tiling(**fields) if fields else default_tiling(sizes)
+  if backward_tiling is None:
+    fields = tuning.lookup("stick_breaking.backward", q.dtype, shape)
+    backward_tiling = BackwardTiling(**fields) if fields else default_backward_tiling(sizes)
+  # Rows of a copy to shared memory come in eights; the kernels never look at those added.
+  rows = q.reshape(b, num_queries, -1, dim)
+  rows = jnp.pad(rows, ((0, 0), (0, -num_queries % 8), (0, 0), (0, 0)))
+  keys, values = (_padded_keys(x, sizes) for x in (k, k if v is None else v))
+  blocks = blocks_of(segments, ROWS * tiling.consumers, sizes.covered_queries, sizes.covered_keys)
+  call = _Call(sizes=sizes, scale=scale, eps=eps, tiling=tiling, backward_tiling=backward_tiling)
+  out = _attention(rows, keys, values, blocks, call)
+  return out[:, :num_queries].reshape(q.shape)
+
+
+def default_tiling(sizes: Sizes) -> Tiling:
+  """Return sizes that fit any shape of a head dim."""
+  consumers = 1 if sizes.num_queries <= ROWS else 2
+  block_k = 64 if sizes.dim > 128 or sizes.num_keys <= 64 else 128
+  return Tiling(consumers=consumers, block_k=block_k, stages=2)
+
+
+def default_backward_tiling(sizes: Sizes) -> BackwardTiling:
+  """Return sizes that fit any shape of a head dim."""
+  return BackwardTiling(consumers=1 if sizes.dim > 128 else 2, block_k=64, stages=2)
+
+
+def candidates(dim: int) -> list[Tiling]:
+  """Return forward tilings worth measuring."""
+  blocks = (64,) if dim > 128 else (64, 128)
+  return [
+    Tiling(consumers=2, block_k=block_k, stages=stages)
+    for block_k in blocks
+    for stages in (2, 3, 4)
+    if 2 * ROWS * dim + 2 * stages * block_k * dim <= 100 * 1024
+  ]
+
+
+def backward_candidates(dim: int) -> list[BackwardTiling]:
+  """Return backward tilings worth measuring."""
+  if dim > 128:
+    return [BackwardTiling(consumers=1, block_k=64, stages=2)]
+  blocks = (64,) if dim > 64 else (64, 128)
+  return [
+    BackwardTiling(consumers=2, block_k=block_k, stages=stages)
+    for block_k in blocks
+    for stages in (2, 3)
+  ]
+
+
+def _padded_keys(x: jax.Array, sizes: Sizes) -> jax.Array:
+  padding = sizes.padded_keys - sizes.num_keys
+  return gpu_copy.permutable(jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+  """What is static of a call."""
+
+  sizes: Sizes
+  scale: float
+  eps: float
+  tiling: Tiling
+  backward_tiling: BackwardTiling
+
+
+_Residuals = tuple[jax.Array, jax.Array, jax.Array, Blocks, gpu_forward.Saved]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, call: _Call) -> jax.Array:
+  """Return [b, q, n, d]; keys and values as gpu_copy.permutable gives them."""
+  out, _ = _run_forward(q, k, v, blocks, call, save=False)
+  return out
+
+
+def _run_forward(
+  q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, call: _Call, save: bool
+) -> tuple[jax.Array, gpu_forward.Saved | None]:
+  return gpu_forward.forward(
+    q, k, v, blocks, call.sizes, call.scale, eps=call.eps, save=save, tiling=call.tiling
+  )
+
+
+def _forward(
+  q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks, call: _Call
+) -> tuple[jax.Array, _Residuals]:
+  out, saved = _run_forward(q, k, v, blocks, call, save=True)
+  assert saved is not None
+  return out, (q, k, v, blocks, named(saved))
+
+
+def _backward(
+  call: _Call, residuals: _Residuals, d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+  # What the forward kernel skipped is among what it saved.
+  q, k, v, blocks, saved = residuals
+  sizes, scale, tiling = call.sizes, call.scale, call.backward_tiling
+  dq, prefixes = gpu_backward.d_queries(q, k, v, d_out, saved, blocks, sizes, scale, tiling=tiling)
+  dk, dv = gpu_backward.d_keys_values(
+    q, k, v, d_out, saved, prefixes, blocks, sizes, scale, tiling=tiling
+  )
+  return dq, dk, dv, None
+
+
+_attention.defvjp(_forward, _backward)
