@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mfjax import experts
 from mfjax.config import KernelConfig, MeshConfig, ModelConfig
@@ -19,6 +20,8 @@ from mfjax.layers import expert_matrix, linear, normal, parameter
 from mfjax.router import Router, RouterStatistics
 from mfjax.sharding import BATCH
 from pallas_kernels.stick_breaking import stick_breaking_attention
+
+SAVED_ATTENTION = "attention_output"
 
 
 class Cache(NamedTuple):
@@ -130,7 +133,7 @@ class AttentionExperts(nnx.Module):
         implementation=self.kernels.stick_breaking,
         eps=self.kernels.stick_breaking_eps,
       )
-      o_SA = o_BTKHh.reshape(q_SA.shape)
+      o_SA = checkpoint_name(o_BTKHh.reshape(q_SA.shape), SAVED_ATTENTION)
       p_TK = p_BTK.reshape(-1, layout.top_k)
       return experts.project_out(layout, o_SA, p_TK, weights["w_out"], plan).reshape(x_BTD.shape)
 

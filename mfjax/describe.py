@@ -186,14 +186,11 @@ def _kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, str]:
     return residual, f"{width} d_model"
   picks = config.attention_top_k + config.ff_top_k
   hidden = config.ff_top_k * config.d_ff * width
-  if remat is Remat.SELECTIVE:
-    total = 2 * residual + hidden + 4 * picks * _INT32_BYTES
-    return total, f"{width} (2 d_model + ff_top_k d_ff) + 16 (attention_top_k + ff_top_k)"
   queries = config.attention_top_k * config.d_attention * width
-  norms = 4 * config.d_model * _FLOAT32_BYTES
-  total = 4 * residual + 2 * queries + hidden + norms + 4 * picks * _INT32_BYTES
+  residuals = 2 if remat is Remat.SELECTIVE else 6
+  total = residuals * residual + 2 * queries + hidden + 4 * picks * _INT32_BYTES
   return total, (
-    f"{width} (4 d_model + 2 attention_top_k d_attention + ff_top_k d_ff) + 16 d_model"
+    f"{width} ({residuals} d_model + 2 attention_top_k d_attention + ff_top_k d_ff)"
     " + 16 (attention_top_k + ff_top_k)"
   )
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul import group_starts, row_alignment
 from pallas_kernels.implementation import Implementation
 
-
 _COUNTED_TOGETHER = 256
 
 

@@ -38,7 +38,7 @@ from pallas_kernels.grouped_matmul import (
   grouped_outer,
 )
 
-SAVED_HIDDEN, SAVED_PLAN = "expert_hidden", "expert_plan"
+SAVED_HIDDEN, SAVED_PLAN, SAVED_QUERY = "expert_hidden", "expert_plan", "expert_query"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ class _Products:
 
   def __init__(self, plan: Plan, index: jax.Array, layout: ExpertLayout) -> None:
     self.plan, self.exchange, self.top_k = plan, layout.exchange, layout.top_k
+    self.is_gathered = bool(layout.gather_axes)
     self.this = dispatch.make_round(plan, index, layout.exchange)
     num_slots = plan.expert_ids.shape[0]
     self.options: dict[str, Any] = {
@@ -108,8 +109,12 @@ class _Products:
     sizes = self.this.order.group_sizes
     return grouped_matmul_gelu_backward(dy_rows, w_out, hidden, p_rows, sizes, **self.options)
 
-  def outer(self, a: jax.Array, b: jax.Array) -> jax.Array:
-    return grouped_outer(a, b, self.this.order.group_sizes, **self.options)
+  def outer(self, a: jax.Array, b: jax.Array, total: jax.Array | None, dtype: Any) -> jax.Array:
+    """Add per group a's rows times b's: float32, or `dtype` where there is nothing to add to."""
+    is_all = isinstance(self.plan.route, RowOrder) and not self.is_gathered
+    dtype = dtype if is_all else jnp.float32
+    product = grouped_outer(a, b, self.this.order.group_sizes, out_dtype=dtype, **self.options)
+    return product if total is None else total + product
 
 
 def _rounds(plan: Plan, first: Any, later: Callable[[jax.Array, Any], Any]) -> Any:
@@ -127,11 +132,11 @@ def _gather(weights: jax.Array, dim: int, layout: ExpertLayout, dtype: Any) -> j
   return jax.lax.all_gather(weights, layout.gather_axes, axis=dim, tiled=True)
 
 
-def _scatter(gradient: jax.Array, dim: int, layout: ExpertLayout) -> jax.Array:
-  """Return this device's part of a weight gradient, summed over the gathered axes."""
-  if not layout.gather_axes:
-    return gradient
-  return jax.lax.psum_scatter(gradient, layout.gather_axes, scatter_dimension=dim, tiled=True)
+def _scatter(gradient: jax.Array, dim: int, layout: ExpertLayout, dtype: Any) -> jax.Array:
+  """Return this device's part of a weight gradient, summed over the gathered axes, in `dtype`."""
+  if layout.gather_axes:
+    gradient = jax.lax.psum_scatter(gradient, layout.gather_axes, scatter_dimension=dim, tiled=True)
+  return gradient.astype(dtype)
 
 
 def _weighted_sum(y_SD: jax.Array, p_TK: jax.Array, dtype: Any) -> jax.Array:
@@ -166,7 +171,8 @@ def feed_forward(
   Args:
     layout: static.
     x_TD: tokens of this device. p_TK: float32 combine weights.
-    w_in, w_out: float32 [E, D / gathered, F], [E, F, D / gathered]: this device's shards.
+    w_in, w_out: [E, D / gathered, F], [E, F, D / gathered]: this device's shards, float32 or x's
+      dtype. Their gradients are summed in float32 and have the weights' dtype.
     plan: where the tokens go.
   """
   return _feed_forward(layout, x_TD, p_TK, w_in, w_out, plan)[0]
@@ -213,20 +219,17 @@ def _feed_forward_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -
     p_rows = products.slot_rows(p_TK.reshape(-1))
     d_hidden, weighted, dp_rows = products.matmul_gelu_backward(dy_rows, w_out_full, hidden, p_rows)
     dp_S = products.slots(dp_rows, dp_S)
-    dw_out = _add(dw_out, products.outer(weighted, dy_rows))
-    dw_in = _add(dw_in, products.outer(x_rows, d_hidden))
+    dw_out = products.outer(weighted, dy_rows, dw_out, w_out.dtype)
+    dw_in = products.outer(x_rows, d_hidden, dw_in, w_in.dtype)
     dx_SD = products.slots(products.matmul(d_hidden, w_in_full, transpose=True), dx_SD)
     return dx_SD, dp_S, dw_in, dw_out
 
   sums = run(jnp.int32(0), hidden, None)
   dx_SD, dp_S, dw_in, dw_out = _rounds(plan, sums, lambda i, sums: run(i, None, sums))
   dx_TD = _sum_choices(dx_SD, layout.top_k, dtype)
-  dw_in, dw_out = _scatter(dw_in, 1, layout), _scatter(dw_out, 2, layout)
+  dw_in = _scatter(dw_in, 1, layout, w_in.dtype)
+  dw_out = _scatter(dw_out, 2, layout, w_out.dtype)
   return dx_TD, dp_S.reshape(p_TK.shape), dw_in, dw_out, None
-
-
-def _add(total: jax.Array | None, x: jax.Array) -> jax.Array:
-  return x if total is None else total + x
 
 
 feed_forward.defvjp(_feed_forward, _feed_forward_backward)
@@ -250,7 +253,8 @@ def _project_in(
     products = _Products(plan, index, layout)
     return products.slots(products.matmul(products.token_rows(x_TD), w_full), q_SF)
 
-  return _rounds(plan, run(jnp.int32(0), None), run), (x_TD, w, plan)
+  q_SF = checkpoint_name(_rounds(plan, run(jnp.int32(0), None), run), SAVED_QUERY)
+  return q_SF, (x_TD, w, plan)
 
 
 def _project_in_backward(layout: ExpertLayout, saved: Any, dq_SF: jax.Array) -> Any:
@@ -261,11 +265,11 @@ def _project_in_backward(layout: ExpertLayout, saved: Any, dq_SF: jax.Array) -> 
     dx_SD, dw = sums or (None, None)
     products = _Products(plan, index, layout)
     dq_rows = products.slot_rows(dq_SF)
-    dw = _add(dw, products.outer(products.token_rows(x_TD), dq_rows))
+    dw = products.outer(products.token_rows(x_TD), dq_rows, dw, w.dtype)
     return products.slots(products.matmul(dq_rows, w_full, transpose=True), dx_SD), dw
 
   dx_SD, dw = _rounds(plan, run(jnp.int32(0), None), run)
-  return _sum_choices(dx_SD, layout.top_k, x_TD.dtype), _scatter(dw, 1, layout), None
+  return _sum_choices(dx_SD, layout.top_k, x_TD.dtype), _scatter(dw, 1, layout, w.dtype), None
 
 
 project_in.defvjp(_project_in, _project_in_backward)
@@ -302,13 +306,13 @@ def _project_out_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) ->
     u_SF, dw = sums or (None, None)
     products = _Products(plan, index, layout)
     dy_rows = products.token_rows(dy_TD)
-    dw = _add(dw, products.outer(products.slot_rows(weighted_SF), dy_rows))
+    dw = products.outer(products.slot_rows(weighted_SF), dy_rows, dw, w.dtype)
     return products.slots(products.matmul(dy_rows, w_full, transpose=True), u_SF), dw
 
   u_SF, dw = _rounds(plan, run(jnp.int32(0), None), run)
   dp_TK = _dot(o_SF, u_SF).reshape(p_TK.shape)
   do_SF = (u_SF * p_TK.reshape(-1, 1)).astype(dtype)
-  return do_SF, dp_TK, _scatter(dw, 2, layout), None
+  return do_SF, dp_TK, _scatter(dw, 2, layout, w.dtype), None
 
 
 project_out.defvjp(_project_out, _project_out_backward)

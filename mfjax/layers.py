@@ -58,11 +58,17 @@ class LayerNorm(nnx.Module):
     self.bias = parameter(jnp.zeros(config.d_model, jnp.float32), (None,))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    x = x_BTD.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.square(x - mean).mean(-1, keepdims=True)
-    normed = (x - mean) * jax.lax.rsqrt(variance + self.eps)
-    return (normed * self.weight[...] + self.bias[...]).astype(x_BTD.dtype)
+    return _layer_norm(self.eps, x_BTD, self.weight[...], self.bias[...])
+
+
+# Recomputed in the backward pass: JAX would keep three float32 copies of x, more than the rest.
+@functools.partial(jax.checkpoint, static_argnums=(0,), prevent_cse=False)
+def _layer_norm(eps: float, x_BTD: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+  x = x_BTD.astype(jnp.float32)
+  mean = x.mean(-1, keepdims=True)
+  variance = jnp.square(x - mean).mean(-1, keepdims=True)
+  normed = (x - mean) * jax.lax.rsqrt(variance + eps)
+  return (normed * weight + bias).astype(x_BTD.dtype)
 
 
 def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:

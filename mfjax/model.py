@@ -17,13 +17,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from mfjax.attention import AttentionExperts, Cache
+from mfjax.attention import SAVED_ATTENTION, AttentionExperts, Cache
 from mfjax.config import KernelConfig, MeshConfig, ModelConfig, Remat
-from mfjax.experts import SAVED_HIDDEN, SAVED_PLAN, FeedForwardExperts
+from mfjax.experts import SAVED_HIDDEN, SAVED_PLAN, SAVED_QUERY, FeedForwardExperts
 from mfjax.layers import LayerNorm, dropout, embed, normal, parameter
 from mfjax.router import RouterStatistics
 from mfjax.sharding import AXES, BATCH, Axes, gathered, spec
 from pallas_kernels.precision import matmul_precision
+from pallas_kernels.stick_breaking import SAVED
 
 Params = dict[str, Any]
 
@@ -154,7 +155,7 @@ def _rematerialised(body: Any, remat: Remat) -> Any:
     return body
   saved = []
   if remat is Remat.SELECTIVE:
-    saved = [SAVED_RESIDUAL, SAVED_HIDDEN, SAVED_PLAN]
+    saved = [SAVED_RESIDUAL, SAVED_HIDDEN, SAVED_PLAN, SAVED_QUERY, SAVED_ATTENTION, SAVED]
   policy = jax.checkpoint_policies.save_only_these_names(*saved)
   return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
@@ -205,6 +206,21 @@ def param_axes(config: ModelConfig) -> Any:
     stacked: Axes = ("layers",) if path[0] == "blocks" else ()
     node[str(path[-1])] = stacked + variable.axes
   return axes
+
+
+def cast_experts(params: Params, config: ModelConfig) -> Params:
+  """Return the parameters with the experts' matrices, nearly all of them, in the compute dtype.
+
+  Differentiated with respect to these, the model gives gradients of that dtype, each rounded once
+  from a float32 sum, and the cast happens once a step instead of at every use.
+  """
+  dtype = jnp.dtype(config.compute_dtype.value)
+
+  def cast(value: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    is_expert = axes[0] == "layers" and len(axes) == 4
+    return value.astype(dtype) if is_expert else value
+
+  return jax.tree.map(cast, params, param_axes(config))
 
 
 def param_specs(config: ModelConfig, mesh: MeshConfig) -> Any:

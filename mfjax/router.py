@@ -3,6 +3,7 @@
 Shapes: B batch rows, T positions, D d_model, G d_gate, N experts, K experts chosen per token.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ class Router(nnx.Module):
     if gate is Gate.GMM:
       cosine = linear(_unit(z_BTG), _unit(rows_NG).T, is_sharded=False)
       return cosine * jnp.exp(self.temperature[...])
-    z_BTG = jax.nn.gelu(z_BTG + self.b1[...], approximate=False)
+    z_BTG = _activation(z_BTG, self.b1[...])
     z_BTG = dropout(z_BTG, self.config.router_dropout, key)
     return linear(z_BTG.astype(dtype), rows_NG.T, is_sharded=False)
 
@@ -114,6 +115,11 @@ class Router(nnx.Module):
     noise = jax.random.gumbel(key, probs_BTN.shape, out_sharding=jax.typeof(probs_BTN).sharding)
     scores = jnp.where(taken, -math.inf, jnp.log(probs_BTN + 1e-6) + noise)
     return jnp.concatenate([best, jax.lax.top_k(scores, num_drawn)[1]], axis=-1)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # Keeps its input alone.
+def _activation(z_BTG: jax.Array, bias: jax.Array) -> jax.Array:
+  return jax.nn.gelu(z_BTG + bias, approximate=False)
 
 
 def _unit(x: jax.Array) -> jax.Array:

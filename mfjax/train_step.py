@@ -182,6 +182,8 @@ def _gradients(config: RunConfig, params: Any, batch: Batch, key: jax.Array) -> 
   count = config.train.microbatches
   tokens = jnp.maximum((batch["segment_ids"] > 0).sum(dtype=jnp.float32), 1)
   dtype = jnp.dtype(config.optimizer.gradient_dtype.value)
+  if config.optimizer.gradient_dtype is config.model.compute_dtype:
+    params = model.cast_experts(params, config.model)
   zero_sums = _zero_sums(config)
   micro = [jax.tree.map(lambda x: _strided(x, count), batch), jax.random.split(key, count)]
 
