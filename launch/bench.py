@@ -2,47 +2,60 @@
 
   mfjax bench data [--data=DIR] [--sequence_length=2048]
   mfjax bench experts [--tokens=4096] [--d_model=512] [--d_ff=1024] [--num_experts=32] [--top_k=2]
+  mfjax bench kernels [--only=grouped_matmul,experts,stick_breaking,wide] [--shapes=...]
+  mfjax bench kernels --target=v6e
+  mfjax bench model --config=molm_350m_4b [--rows=16,64 --microbatches=1,4 --forward_rows=32]
 
 `data`: the input pipeline alone, tokens per second out of ArrayRecord files. Without --data it
 reads synthetic documents of log-normal lengths. `experts`: a routed feed-forward layer on one
-device, beside a dense layer of the same active FLOPs, under three routings.
+device, beside a dense layer of the same active FLOPs, under three routings. `kernels`: each kernel
+on this device, compared with the oracle, then timed beside other ways to do the same work, in
+turns; with --target no TPU is needed: cycles of their compiled loops, beside JAX's own kernels.
+`model`: forward pass and train step of a config on one device, random weights and tokens, with what
+each part takes; --config.FIELD changes the config.
 """
 
-import contextlib
+import dataclasses
 import json
-import pathlib
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import grain
-import numpy as np
 from absl import flags
-from grain.experimental import FirstFitPackIterDataset
-from grain.sources import ArrayRecordDataSource
 
-from mfjax.bench import experts
-from mfjax.config import DataConfig
-from mfjax.data.index import TRAIN, DataIndex, open_index
-from mfjax.data.pipeline import TrainStream, empty_batch, load
-from mfjax.data.plan import Planner
-from mfjax.data.prepare import PrepareOptions, prepare
-from mfjax.data.shards import DocumentReader
+from launch import flags as shared
 from mfjax.schema import unknown_name
 
 _DATA = flags.DEFINE_string("data", None, "Prepared data to read. Default: synthetic documents.")
-_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Predictions per row.")
-_SECONDS = flags.DEFINE_float("seconds", 5.0, "How long each line is measured.")
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+  "sequence_length",
+  None,
+  "Predictions per row. Default: 2048, and the config's own for `model`.",
+  lower_bound=1,
+)
+_SECONDS = flags.DEFINE_float("seconds", 5.0, "How long each line of `data` is measured.")
 
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens of the expert layer.", lower_bound=4)
 _D_MODEL = flags.DEFINE_integer("d_model", 512, "Width of the model.", lower_bound=1)
 _D_FF = flags.DEFINE_integer("d_ff", 1024, "Width of an expert.", lower_bound=1)
 _NUM_EXPERTS = flags.DEFINE_integer("num_experts", 32, "Number of experts.", lower_bound=2)
 _TOP_K = flags.DEFINE_integer("top_k", 2, "Experts chosen per token.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Calls of which the median counts.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Turns of which the median counts.", lower_bound=1)
 
-_SYNTHETIC_TOKENS = 20_000_000
-_BATCH_ROWS = 64
+_ONLY = flags.DEFINE_list("only", [], "Sections of `kernels`. Default: all.")
+_SHAPES = flags.DEFINE_list(
+  "shapes",
+  [],
+  "Sizes of the one section that --only names, such as 65536x1024x2048x32 (rows, inputs, outputs, "
+  "groups) for grouped_matmul. Default: the released models' sizes; on a CPU small ones.",
+)
+_TARGET = flags.DEFINE_string("target", None, "TPU to compile the kernels for: v5e, v5p, v6e, ...")
+_ROWS = flags.DEFINE_list("rows", ["16"], "Rows of each train step that is measured.")
+_MICROBATCHES = flags.DEFINE_list(
+  "microbatches", ["1"], "Microbatches of each train step: one number, or as many as --rows."
+)
+_FORWARD_ROWS = flags.DEFINE_list("forward_rows", ["32"], "Rows of each forward pass; empty: none.")
+_JSON = flags.DEFINE_string("json", None, "File for the figures as JSON; -: print them instead.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,32 +69,21 @@ def main(argv: Sequence[str]) -> None:
 
 def bench_data() -> None:
   """Print tokens per second of the input pipeline, of its parts and of Grain's own packing."""
-  with tempfile.TemporaryDirectory() as folder:
-    index = open_index(_DATA.value) if _DATA.value else _synthetic(pathlib.Path(folder))
-    config = DataConfig(sequence_length=_SEQUENCE_LENGTH.value, batch_rows=_BATCH_ROWS)
-    stream = TrainStream(index, config, seed=0)
-    next(stream)  # Starts reading ahead.
-    whole = _rate(_batch_tokens(batch for batch, _ in stream))
-    stream.close()
-    parts = _parts(index, config)
-    rows: list[tuple[str, float, float | None]] = [("pipeline, read ahead", whole, parts["fill"])]
-    seconds = {name: 1 / parts[name] for name in ("plan", "read", "assemble")}
-    total = sum(seconds.values())
-    rows += [
-      (f"  {name} ({seconds[name] / total:.0%} of the work)", parts[name], None) for name in seconds
-    ]
-    rows.append(("ceiling: records alone", _rate(_record_tokens(index)), None))
-    rows.append(("peer: grain FirstFitPack", *_peer(index, config)))
-    lines = [f"{'':36}  {'million tokens/s':>16}  {'fill':>6}"]
-    for name, rate, fill in rows:
-      filled = "" if fill is None else f"{fill:6.3f}"
-      lines.append(f"{name:36}  {rate / 1e6:16.2f}  {filled}")
-    print("\n".join(line.rstrip() for line in lines))
+  from mfjax.bench import data
+
+  rates = data.measure(_DATA.value, _SEQUENCE_LENGTH.value or 2048, _SECONDS.value)
+  lines = [f"{'':36}  {'million tokens/s':>16}  {'fill':>6}"]
+  for rate in rates:
+    filled = "" if rate.fill is None else f"{rate.fill:6.3f}"
+    lines.append(f"{rate.name:36}  {rate.tokens_per_second / 1e6:16.2f}  {filled}")
+  print("\n".join(line.rstrip() for line in lines))
 
 
 def bench_experts() -> None:
   """Print time and computed rows of a routed layer relative to a dense one."""
   import jax  # The data benchmark runs without it.
+
+  from mfjax.bench import experts
 
   if _TOP_K.value >= _NUM_EXPERTS.value:
     raise ValueError(f"top_k={_TOP_K.value} must be below num_experts={_NUM_EXPERTS.value}")
@@ -105,98 +107,191 @@ def _against(routed: float, dense: float) -> str:
   return f"{routed * 1e3:.2f} / dense {dense * 1e3:.2f} = {routed / dense:.2f}"
 
 
-def _synthetic(folder: pathlib.Path) -> DataIndex:
-  """Prepare random text with document lengths as in web text: median 400 tokens, mean 740."""
-  rng = np.random.default_rng(0)
-  text = rng.integers(97, 123, _SYNTHETIC_TOKENS, np.uint8).tobytes().decode()
-  position, file = 0, folder / "synthetic.jsonl"
-  with open(file, "w", encoding="utf-8") as lines:
-    while position < len(text):
-      length = 1 + int(rng.lognormal(6.0, 1.1))
-      lines.write(json.dumps({"text": text[position : position + length]}) + "\n")
-      position += length
-  options = PrepareOptions(out=str(folder / "data"), inputs=(("synthetic", str(file)),))
-  return prepare(options)
+def bench_kernels() -> None:
+  """Print time, TFLOP/s, share of the ceiling and alternatives of each kernel."""
+  if _TARGET.value is not None:
+    _bench_target(_TARGET.value)
+    return
+  import jax
+
+  from mfjax.bench import kernels
+
+  sections = _sections(kernels.SHAPES)
+  if _SHAPES.value and len(sections) > 1:
+    raise ValueError("--shapes needs --only with one section, whose sizes they are")
+  device = jax.devices()[0]
+  shapes = {s: kernels.shapes_of(s, _SHAPES.value, device.platform) for s in sections}
+  ceiling = kernels.ceiling(device, _REPEATS.value)
+  report: dict[str, Any] = _about(jax, device) | {"ceiling_flops": ceiling, "rows": []}
+  _show(f"{_title(report)}; a plain matmul reaches {ceiling / 1e12:.4g} TFLOP/s (the ceiling)")
+  _show("A figure behind a name says how many times as fast as that the kernel is.")
+  _show(f"{'':38} {'':44} {'ms':>9} {'TFLOP/s':>8} {'ceiling':>7}")
+  missing: dict[str, None] = {}
+  try:
+    for section in sections:
+      for row in kernels.measure(section, shapes[section], device, _REPEATS.value):
+        report["rows"].append(dataclasses.asdict(row))
+        rate = row.flops / row.seconds
+        beside = "  ".join(f"{name} {t / row.seconds:.2f}" for name, t in row.beside.items())
+        _show(
+          f"{row.operation:38} {row.shape:44} {row.seconds * 1e3:9.3f} {rate / 1e12:8.4g} "
+          f"{rate / ceiling:7.1%}  {beside}"
+        )
+        missing |= {f"{name}: {why}": None for name, why in row.missing.items()}
+  finally:  # What was measured before an error is not lost.
+    _write(report)
+  for line in missing:
+    _show(f"not measured, {line}")
 
 
-def _rate(tokens: Iterator[int]) -> float:
-  """Return tokens per second over the measured time."""
-  start, count = time.perf_counter(), 0
-  for more in tokens:
-    count += more
-    if time.perf_counter() - start > _SECONDS.value:
-      break
-  return count / (time.perf_counter() - start)
+def _bench_target(target: str) -> None:
+  """Print the cycles and unit use of the kernels' loop bodies for a TPU that need not be here."""
+  from mfjax.bench import static_cycles
+
+  if _SHAPES.value:
+    raise ValueError("--shapes is for kernels that run: with --target they are fixed")
+  sections = _sections(static_cycles.SECTIONS)
+  schedules = static_cycles.measure(target, sections, os.environ)
+  _show(f"scheduled cycles of loop bodies on {target}, waits for memory left out")
+  program = ""
+  for schedule in schedules:
+    if schedule.program != program:
+      program = schedule.program
+      _show(f"{program}{': ' + schedule.error if schedule.error else ''}")
+    for body in schedule.bodies:
+      used = sorted(body.shares.items(), key=lambda item: -item[1])
+      shares = ", ".join(f"{unit} {share:.0%}" for unit, share in used if share >= 0.05)
+      _show(f"  {schedule.kernel:40} {body.cycles:7} cycles: {shares}")
+  _write({"target": target, "schedules": [dataclasses.asdict(s) for s in schedules]})
 
 
-def _batch_tokens(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[int]:
-  for batch in batches:
-    yield int(np.count_nonzero(batch["segment_ids"]))
+def _sections(known: Iterable[str]) -> list[str]:
+  """Return what --only names, by default everything."""
+  known = list(known)
+  for section in _ONLY.value:
+    if section not in known:
+      raise ValueError(unknown_name(section, known, "section"))
+  return list(_ONLY.value) or known
 
 
-def _parts(index: DataIndex, config: DataConfig) -> dict[str, float]:
-  """Return tokens per second of planning, reading and assembling, each alone, and the fill."""
-  planner = Planner(index, config, seed=0)
-  reader = DocumentReader(index, TRAIN, planner.domains)
-  clock: dict[str, float] = dict.fromkeys(("plan", "read", "assemble"), 0.0)
+def bench_model() -> None:
+  """Print time, tokens per second, utilisation, memory and parts of a model's passes."""
+  import jax
 
-  @contextlib.contextmanager
-  def timed(name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    clock[name] += time.perf_counter() - start
+  from mfjax import metrics
+  from mfjax.bench import kernels, model
 
-  position, tokens, room = planner.start(), 0, 0
-  while sum(clock.values()) < _SECONDS.value:
-    with timed("plan"):
-      window = planner.next_window(position)
-    assert window is not None, "the stream repeats"
-    layout, position = window
-    with timed("read"):
-      loaded = load(reader, layout)
-    with timed("assemble"):
-      batch = empty_batch(layout.num_rows, config.sequence_length)
-      loaded.fill(batch, 0, layout.row.size)
-    tokens += int(layout.pieces.length.sum())
-    room += layout.num_rows * config.sequence_length
-  return {name: tokens / seconds for name, seconds in clock.items()} | {"fill": tokens / room}
-
-
-def _source(index: DataIndex) -> ArrayRecordDataSource:
-  splits = [index.split(domain, TRAIN) for domain in index.domain_names]
-  return ArrayRecordDataSource([str(index.path / s.file) for split in splits for s in split.shards])
-
-
-def _record_tokens(index: DataIndex) -> Iterator[int]:
-  source, rng = _source(index), np.random.default_rng(0)
-  while True:
-    records = source.__getitems__(np.sort(rng.integers(len(source), size=8192)).tolist())
-    yield sum(map(len, records)) // index.dtype.itemsize
-
-
-def _peer(index: DataIndex, config: DataConfig) -> tuple[float, float]:
-  """Return tokens per second and fill of Grain's first-fit packing, set up as fast as it goes."""
-  length = config.sequence_length
-
-  def cut(record: bytes) -> dict[str, np.ndarray]:
-    return {"tokens": np.frombuffer(record, index.dtype)[:length]}  # It takes no longer pieces.
-
-  documents = grain.MapDataset.source(_source(index)).shuffle(seed=0).repeat().map(cut)
-  options = grain.ReadOptions(num_threads=0)
-  rows = FirstFitPackIterDataset(
-    documents.to_iter_dataset(options), length_struct={"tokens": length}, num_packing_bins=16
-  ).batch(_BATCH_ROWS)
-  counted, room = 0, 0
-
-  def tokens() -> Iterator[int]:
-    nonlocal counted, room
-    for batch in rows:
-      more = int(np.count_nonzero(batch["tokens_segment_ids"]))
-      counted += more
-      room += batch["tokens"].size
-      yield more
-
-  return _rate(tokens()), counted / room
+  config = shared.run_config()
+  if _SEQUENCE_LENGTH.value is not None:
+    data = dataclasses.replace(config.data, sequence_length=_SEQUENCE_LENGTH.value)
+    config = dataclasses.replace(config, data=data)
+  forwards = _integers("forward_rows", _FORWARD_ROWS.value)
+  settings = [model.Setting(rows=rows) for rows in forwards]
+  settings += [model.Setting(rows=rows, microbatches=count) for rows, count in _steps()]
+  device = jax.devices()[0]
+  config, mesh = model.single_device(config, device)
+  peak = metrics.device_peak([device], config.model.compute_dtype)
+  ceiling = kernels.ceiling(device, _REPEATS.value)
+  report: dict[str, Any] = _about(jax, device) | {
+    "config": config.to_dict(),
+    "peak_flops": peak.flops_per_second,
+    "peak_source": peak.source,
+    "ceiling_flops": ceiling,
+    "rows": [],
+  }
+  _show(f"{_title(report)}; a plain matmul reaches {ceiling / 1e12:.4g} TFLOP/s (the ceiling)")
+  _show(f"100 % of MFU is {peak.flops_per_second / 1e12:.4g} TFLOP/s ({peak.source})")
+  kinds = config.kernels
+  _show(f"kernels: {kinds.grouped_matmul.value}, {kinds.stick_breaking.value}")
+  try:
+    for found in model.measure(config, mesh, settings, _REPEATS.value):
+      if isinstance(found, model.Breakdown):
+        report["rows"][-1]["parts"] = [dataclasses.asdict(part) for part in found.parts]
+        _show_parts(found.parts, report["rows"][-1]["seconds"])
+        continue
+      flops_per_second = found.flops / found.seconds
+      figures = dataclasses.asdict(found) | {
+        "tokens_per_second": found.tokens_per_second,
+        "mfu": flops_per_second / peak.flops_per_second,
+        "share_of_ceiling": flops_per_second / ceiling,
+      }
+      report["rows"].append(figures)
+      _show_timing(found, figures)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise ValueError(
+      f"{device.device_kind} has too little memory for this: fewer --rows or --forward_rows, more "
+      "--microbatches, or --config.train.remat=full need less"
+    ) from error
+  finally:  # What was measured before an error is not lost.
+    _write(report)
 
 
-_BENCHMARKS = {"data": bench_data, "experts": bench_experts}
+def _steps() -> list[tuple[int, int]]:
+  """Return (rows, microbatches) of each train step."""
+  rows, counts = _integers("rows", _ROWS.value), _integers("microbatches", _MICROBATCHES.value)
+  counts = counts * len(rows) if len(counts) == 1 else counts
+  if len(counts) != len(rows):
+    raise ValueError(f"--microbatches has {len(counts)} numbers for {len(rows)} of --rows")
+  return list(zip(rows, counts, strict=True))
+
+
+def _show_timing(timing: Any, figures: dict[str, Any]) -> None:
+  setting = timing.setting
+  count = f" in {setting.microbatches} microbatches" if setting.microbatches > 1 else ""
+  what = "train step" if setting.microbatches else "forward, no lm_head"
+  _show(
+    f"{what}, {setting.rows} x {timing.sequence_length}{count}: {timing.seconds * 1e3:.1f} ms, "
+    f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.1%}, "
+    f"{figures['share_of_ceiling']:.1%} of the ceiling; memory {timing.compiled_bytes / 2**30:.1f} "
+    f"GiB compiled, {timing.peak_bytes / 2**30:.1f} GiB peak so far; fullest expert "
+    f"{timing.imbalance:.2f} times the mean, no token dropped"
+  )
+
+
+def _show_parts(parts: Iterable[Any], seconds: float) -> None:
+  heads = ("forward", "again", "backward", "all, ms", "kernels", "share")
+  _show(f"  {'':26} {' '.join(f'{head:>9}' for head in heads)}")
+  for part in parts:
+    times = (part.forward, part.recomputed, part.backward, part.seconds, part.kernels)
+    columns = " ".join(f"{time * 1e3:9.2f}" for time in times)
+    _show(f"  {part.name:26} {columns} {part.seconds / seconds:9.1%}")
+
+
+def _integers(name: str, texts: Sequence[str]) -> list[int]:
+  for text in texts:
+    if not text.isdecimal() or int(text) == 0:
+      raise ValueError(f"--{name}={','.join(texts)}: give positive numbers, such as 16,64")
+  return [int(text) for text in texts]
+
+
+def _about(jax: Any, device: Any) -> dict[str, Any]:
+  return {"device": device.device_kind, "jax": jax.__version__}
+
+
+def _title(report: dict[str, Any]) -> str:
+  return f"{report['device']}, jax {report['jax']}"
+
+
+def _show(line: str) -> None:
+  if _JSON.value != "-":
+    print(line.rstrip(), flush=True)  # A line as soon as it is there: the next may take minutes.
+
+
+def _write(report: dict[str, Any]) -> None:
+  """Write the figures where --json says."""
+  if _JSON.value == "-":
+    print(json.dumps(report))
+  elif _JSON.value is not None:
+    with open(_JSON.value, "w", encoding="utf-8") as file:
+      json.dump(report, file, indent=1)
+      file.write("\n")
+
+
+_BENCHMARKS = {
+  "data": bench_data,
+  "experts": bench_experts,
+  "kernels": bench_kernels,
+  "model": bench_model,
+}

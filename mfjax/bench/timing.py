@@ -1,0 +1,113 @@
+"""Time alternatives in turns, so that the noise of a machine falls on all of them alike."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+_MOST_CALLS = 20
+_BLOCK_SECONDS = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """Something to time: `wait(function(*args))`.
+
+  `function` may return before its result is there; `wait` returns when it is.
+  """
+
+  function: Callable[..., Any]
+  args: tuple[Any, ...] = ()
+  wait: Callable[[Any], Any] = jax.block_until_ready
+
+  def seconds(self, count: int = 1) -> float:
+    """Return the seconds of one call when `count` are made at once, then waited for."""
+    start = time.perf_counter()
+    for _ in range(count):
+      result = self.function(*self.args)
+    self.wait(result)
+    return (time.perf_counter() - start) / count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+  """What one operation takes beside its alternatives; seconds are medians over turns."""
+
+  operation: str
+  shape: str
+  flops: float
+  seconds: float
+  beside: dict[str, float]  # alternative -> seconds
+  missing: dict[str, str]  # alternative -> why it was not measured
+
+
+def take_turns(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:
+  """Return the median seconds of each call; each is timed once per turn.
+
+  Short calls are made up to 20 at once in a turn, waited for together: what is measured is the
+  device at work, not the gap before a launch.
+  """
+  counts = {}
+  for name, call in calls.items():
+    call.seconds()  # Compiles.
+    counts[name] = max(1, min(_MOST_CALLS, int(_BLOCK_SECONDS / call.seconds())))
+  samples: dict[str, list[float]] = {name: [] for name in calls}
+  for _ in range(repeats):
+    for name, call in calls.items():
+      samples[name].append(call.seconds(counts[name]))
+  return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def compare(
+  operation: str,
+  shape: str,
+  flops: float,
+  call: Call,
+  alternatives: Mapping[str, Call | str],
+  repeats: int,
+) -> Comparison:
+  """Time a call and what does the same work otherwise.
+
+  Args:
+    operation, shape: how the result is named. flops: of one call.
+    call: what is measured.
+    alternatives: by name; a text instead of a call says why it cannot be measured. One that raises
+      when it is first called is left out too, with the error's first line.
+    repeats: turns.
+  """
+  missing = {name: other for name, other in alternatives.items() if isinstance(other, str)}
+  calls = {"": call}
+  for name, other in alternatives.items():
+    if isinstance(other, Call):
+      try:
+        other.seconds()
+      except (NotImplementedError, ValueError, RuntimeError) as error:  # XLA's is a RuntimeError.
+        missing[name] = f"{type(error).__name__}: {str(error).partition('.')[0][:160]}"
+      else:
+        calls[name] = other
+  seconds = take_turns(calls, repeats)
+  return Comparison(
+    operation=operation,
+    shape=shape,
+    flops=flops,
+    seconds=seconds.pop(""),
+    beside=seconds,
+    missing=missing,
+  )
+
+
+def jit_local(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Jit a function as each device of the mesh in context computes it: kernels know no sharding."""
+  return jax.jit(jax.shard_map(function, in_specs=P(), out_specs=P(), check_vma=False))
+
+
+def matmul_ceiling(dtype: jax.typing.DTypeLike, size: int, repeats: int) -> float:
+  """Return the FLOP/s of one square matrix product, the ceiling that results are held against."""
+  keys = jax.random.split(jax.random.key(0))
+  operands = tuple(jax.random.normal(key, (size, size), dtype) for key in keys)
+  return 2 * size**3 / take_turns({"": Call(jax.jit(jnp.matmul), operands)}, repeats)[""]
