@@ -24,8 +24,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -35,6 +35,7 @@ from jax.experimental import multihost_utils
 
 from mfjax import digests, workdir
 from mfjax.config import CheckpointConfig, RunConfig
+from mfjax.stored_arrays import CHUNK_BYTES, BlockArray, BlockArrayHandler, StoredArray, open_array
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,13 +43,20 @@ _ARRAY_ITEMS = ("params", "optimizer")
 _RUN_ITEM = "run"
 _RUN_FILE = "run.json"
 _STACKED = "blocks"  # The sub-tree whose leaves lead with the layers dimension.
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = CHUNK_BYTES
 _PARTIAL = ocp.utils.TMP_DIR_SUFFIX
 _REPLACED = ".replaced"
+_WRITING_THREADS = 4  # Of a `BlockArray`'s blocks.
+
+_Result = TypeVar("_Result")
 
 
 class CheckpointSaveError(Exception):
-  """A step could not be saved; earlier steps are as they were."""
+  """A step could not be saved, for this `reason`; earlier steps are as they were."""
+
+  def __init__(self, message: str, reason: str = "") -> None:
+    super().__init__(message)
+    self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,19 @@ class Restored:
   step: int
   state: Any
   data_state: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+  """A step whose parameters are read array by array: `arrays` by their keys in the tree.
+
+  `run` is the step's record: its configuration, its state, who wrote it.
+  """
+
+  step: int
+  directory: epath.Path
+  arrays: Mapping[tuple[str, ...], StoredArray]
+  run: Mapping[str, Any]
 
 
 class Checkpointer:
@@ -99,7 +120,9 @@ class Checkpointer:
 
     Nothing is saved if `step` is not due by the configuration and not forced, or is the step last
     saved or restored. `state` holds `params`, `optimizer` and scalars; its buffers may be donated
-    as soon as this returns. A previous save that is still running is waited for.
+    as soon as this returns. Without `optimizer` the step is one to begin from: its leaves may be
+    `BlockArray`s, which are computed as they are written. A previous save that is still running is
+    waited for.
 
     Raises:
       CheckpointSaveError: this save could not begin, or the previous one failed (then this one was
@@ -111,7 +134,7 @@ class Checkpointer:
     self.wait()
     if step == self._newest:
       return False
-    arrays = {name: state[name] for name in _ARRAY_ITEMS}
+    arrays = {name: state[name] for name in _ARRAY_ITEMS if name in state}
     scalars = {k: jax.device_get(v).item() for k, v in state.items() if k not in _ARRAY_ITEMS}
     items: dict[str, Any] = {
       name: ocp.args.PyTreeSave(tree, save_args=_storage(tree)) for name, tree in arrays.items()
@@ -196,6 +219,25 @@ class Checkpointer:
     trees, run = found
     return Restored(step=run["step"], state=trees["params"], data_state=run["data_state"])
 
+  def open_params(self, step: int | None = None) -> Opened | None:
+    """Find the newest good step, or `step`, and open its parameters without reading them.
+
+    Returns:
+      None if no step was ever completed.
+
+    Raises:
+      ValueError: steps exist but none is usable.
+    """
+    return self._use(("params",), step, self.open_step)
+
+  def open_step(self, step: int) -> Opened:
+    """Open the parameters of a step whose files are not held against their digests first."""
+    run = self._read_run(step)
+    directory = self._path(step) / "params"
+    leaves = [tuple(re.findall(r"\['([^']*)'\]", name)) for name in run["layout"]["params"]]
+    arrays = {keys: open_array(directory, keys) for keys in leaves}
+    return Opened(step=step, directory=directory, arrays=arrays, run=run)
+
   def _path(self, step: int) -> epath.Path:
     return self._directory / str(step)
 
@@ -219,9 +261,11 @@ class Checkpointer:
       self._delete_partial()
     free = self._free_bytes()
     free_text = "" if free is None else f", {free:,} are free"
+    reason = _reason(error)
     return CheckpointSaveError(
-      f"step {step} could not be saved in {self._directory}: {_reason(error)} (it takes about "
-      f"{num_bytes:,} bytes{free_text}); earlier checkpoints are intact"
+      f"step {step} could not be saved in {self._directory}: {reason} (it takes about "
+      f"{num_bytes:,} bytes{free_text}); earlier checkpoints are intact",
+      reason,
     )
 
   def _delete_partial(self) -> None:
@@ -264,15 +308,21 @@ class Checkpointer:
     self, abstract: Mapping[str, Any], step: int | None
   ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Return the trees named in `abstract` and the run record of the newest good step."""
+    return self._use(abstract, step, lambda candidate: self._read_step(candidate, abstract))
+
+  def _use(
+    self, items: Iterable[str], step: int | None, read: Callable[[int], _Result]
+  ) -> _Result | None:
+    """Return what `read` makes of the newest step whose `items` are good, or of `step`."""
     self.wait()
     for path in self._directory.glob(f"*{_PARTIAL}"):
       _LOG.warning("%s was never completed: passed over", path)
     if step is None and not self.latest_steps():
       return None
     rejected: list[str] = []
-    for candidate, verified in _agree(self._candidates(abstract, step, rejected)):
+    for candidate, verified in _agree(self._candidates(items, step, rejected)):
       try:
-        return self._read_step(candidate, abstract)
+        return read(candidate)
       except (ValueError, TypeError, KeyError, OSError) as error:
         problem = f"step {candidate} in {self._directory} cannot be read: {_reason(error)}"
         if verified:  # The files are as they were written, so the run is another one.
@@ -311,19 +361,25 @@ class Checkpointer:
   def _read_step(
     self, step: int, abstract: Mapping[str, Any]
   ) -> tuple[dict[str, Any], dict[str, Any]]:
-    run = json.loads((self._path(step) / _RUN_ITEM / _RUN_FILE).read_text())
-    for name, tree in abstract.items():
+    run = self._read_run(step)
+    stored = {name: tree for name, tree in abstract.items() if name in run["layout"]}
+    for name, tree in stored.items():
       _check_layout(name, run["layout"][name], _layout(tree))
     items = {
       name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
-      for name, tree in abstract.items()
+      for name, tree in stored.items()
     }
-    read = self._orbax.restore(self._path(step), args=ocp.args.Composite(**items))
+    read = dict(self._orbax.restore(self._path(step), args=ocp.args.Composite(**items)))
+    # A step to begin from holds parameters alone; an optimizer's state begins with zeros.
+    read |= {k: jax.tree.map(_zeros, tree) for k, tree in abstract.items() if k not in stored}
     then, now = run["versions"], workdir.versions()
     changed = [f"{k} {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]]
     if changed:
       _LOG.info("step %d was saved by other versions: %s", step, ", ".join(changed))
     return {name: read[name] for name in abstract}, run
+
+  def _read_run(self, step: int) -> dict[str, Any]:
+    return json.loads((self._path(step) / _RUN_ITEM / _RUN_FILE).read_text())
 
 
 def _handlers() -> ocp.CheckpointHandlerRegistry:
@@ -334,7 +390,10 @@ def _handlers() -> ocp.CheckpointHandlerRegistry:
     use_replica_parallel=jax.process_count() > 1,
     min_slice_bytes_for_replica_parallel=_CHUNK_BYTES // 2,
   )
-  types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+  # The last one of equal type names is the one that reads.
+  types = ocp.type_handlers.create_type_handler_registry(
+    (BlockArray, BlockArrayHandler(_WRITING_THREADS)), (jax.Array, arrays)
+  )
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   for name in _ARRAY_ITEMS:
     # Trained weights do not compress; trying takes longer than writing them.
@@ -402,6 +461,11 @@ def _check_layout(name: str, saved: Mapping[str, str], wanted: Mapping[str, str]
     there, here = saved.get(key, "absent"), wanted.get(key, "absent")
     if there != here:
       raise ValueError(f"{name}{key} is {there} there and {here} here")
+
+
+def _zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+  shard = np.zeros(abstract.sharding.shard_shape(abstract.shape), abstract.dtype)
+  return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda _: shard)
 
 
 def _place(value: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:

@@ -31,12 +31,12 @@ def replace_text(path: epath.Path, text: str) -> None:
   """
   pending = path.with_name(path.name + _PENDING_SUFFIX)
   pending.write_text(text)
-  _sync(pending)
+  sync(pending)
   pending.replace(path)
-  _sync(path.parent)
+  sync(path.parent)
 
 
-def _sync(path: epath.Path) -> None:
+def sync(path: epath.Path) -> None:
   """Wait until a local file's content, or a directory's entries, are on the disk."""
   if "://" in str(path):  # Object stores answer once the object is stored.
     return
@@ -45,6 +45,14 @@ def _sync(path: epath.Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+def sync_tree(directory: epath.Path) -> None:
+  """Wait until every local file and directory below `directory`, and it itself, is on the disk."""
+  for folder, _, files in os.walk(directory):
+    for name in files:
+      sync(epath.Path(folder) / name)
+    sync(epath.Path(folder))
 
 
 def exist(directory: epath.Path) -> bool:

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from mfjax import losses, model, sharding
-from mfjax.config import AuxLoss, KernelConfig, MeshConfig
+from mfjax.config import AuxLoss, DType, KernelConfig, MeshConfig
+from mfjax.hf import layout, published_config
 from mfjax.model import Execution
 from pallas_kernels.implementation import Implementation
-from tests import published
 
 ROOT = pathlib.Path(__file__).parent / "golden"
 CASES = ["linear_gate", "molm_like", "multihead"]
@@ -30,8 +30,9 @@ def load(name: str) -> tuple[Any, Any, dict[str, np.ndarray]]:
   """Return config, parameters and recorded arrays of a case."""
   expected = dict(np.load(ROOT / name / "expected.npz"))
   raw = json.loads((ROOT / name / "config.json").read_text())
-  config = published.model_config(raw, expected["logits"].shape[-1])
-  params = published.to_params(load_file(ROOT / name / "model.safetensors"), config)
+  config, problems = published_config.from_published(raw, DType.FLOAT32)
+  assert not problems
+  params = layout.to_params(load_file(ROOT / name / "model.safetensors"), config)
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   ids, mask = expected["input_ids"], expected["attention_mask"]
   batch = {"tokens": ids, "segments": mask, "whole": np.ones_like(ids)}
@@ -98,7 +99,7 @@ def test_gradient_of_every_parameter(name):
 
   gradients = jax.jit(jax.grad(loss))(params)
   recorded = {k.removeprefix("grad:"): v for k, v in expected.items() if k.startswith("grad:")}
-  theirs = published.to_params(recorded, config)
+  theirs = layout.to_params(recorded, config)
   # Layer by layer, as recorded: a stacked norm could hide one wrong layer.
   for path, ours in jax.tree_util.tree_leaves_with_path(gradients):
     reference = functools.reduce(lambda tree, key: tree[key.key], path, theirs)

@@ -1,0 +1,167 @@
+"""Whether two checkpoints hold the same model: tensor by tensor, and in their logits.
+
+Tensors are equal if they are the same bits once the wider of the two is rounded to the narrower.
+Logits are compared in float32, both models rounded alike, so that what is left is how the two
+programs compute; what the rounding itself does to the logits is reported beside it.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mfjax.hf import parity, published_config
+from mfjax.hf.parity import LogitParity
+from mfjax.hf.progress import Report, Stage, silent
+from mfjax.hf.source import Source, cast, narrower, row_blocks
+from mfjax.parallel import run_all
+
+NUM_THREADS = 4
+_NOT_COMPARED = {"sample_topk", "embd_pdrop", "resid_pdrop", "moe_pdrop", "initializer_range"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+  """What a comparison found; `differences` has one phrase per tensor or fact that differs."""
+
+  tensors: int
+  parameters: int
+  dtypes: tuple[str, str]
+  differences: tuple[str, ...]
+  logits: LogitParity | None = None
+  logits_skipped: str = ""
+  rounding: LogitParity | None = None
+
+  @property
+  def is_equal(self) -> bool:
+    return not self.differences and (self.logits is None or self.logits.is_within_tolerance)
+
+  def to_dict(self) -> dict[str, Any]:
+    """Return the content of parity.json."""
+    logits = None if self.logits is None else self.logits.to_dict()
+    rounding = None if self.rounding is None else self.rounding.to_dict()
+    return {
+      "equal": self.is_equal,
+      "tensors": {
+        "compared": self.tensors,
+        "parameters": self.parameters,
+        "dtypes": list(self.dtypes),
+        "differences": list(self.differences),
+      },
+      "logits": logits,
+      "logits_skipped": self.logits_skipped or None,
+      "rounding": rounding,
+    }
+
+  def lines(self) -> list[str]:
+    """Return the verdict in words."""
+    what = f"{self.tensors:,} tensors, {self.parameters:,} parameters ({' and '.join(self.dtypes)})"
+    differ = len(self.differences)
+    lines = [f"tensors   {what}: " + (f"{differ} differences" if differ else "equal, bit for bit")]
+    lines += [f"          {difference}" for difference in self.differences]
+    if self.logits is not None:
+      lines.append(f"logits    {self.logits.describe()}")
+    if self.rounding is not None:
+      lines.append(f"rounding  {self.rounding.describe(verdict=False)}")
+    if self.logits_skipped:
+      lines.append(f"logits    not compared: {self.logits_skipped}")
+    return lines
+
+
+def verify(a: Source, b: Source, report: Report = silent, *, num_tokens: int = 256) -> Verdict:
+  """Compare all tensors, then the logits of `num_tokens` random tokens (0: tensors alone)."""
+  verdict = compare_tensors(a, b, report)
+  if num_tokens == 0:
+    return dataclasses.replace(verdict, logits_skipped="it was not asked for")
+  if _shapes(a) != _shapes(b):
+    return dataclasses.replace(verdict, logits_skipped="the models have different tensors")
+  if reason := parity.reason_to_skip(a, b):
+    return dataclasses.replace(verdict, logits_skipped=reason)
+  logits, rounding = parity.compare_logits(a, b, num_tokens, report)
+  return dataclasses.replace(verdict, logits=logits, rounding=rounding)
+
+
+def compare_tensors(a: Source, b: Source, report: Report = silent) -> Verdict:
+  """Compare the configurations and every tensor of two sources."""
+  differences = _config_differences(a, b)
+  for one, other in ((a, b), (b, a)):
+    missing = [name for name in one.tensors if name not in other.tensors]
+    differences += [f"{name} is missing in {other.label}" for name in missing]
+  shared = [name for name in a.tensors if name in b.tensors]
+  same_shape = []
+  for name in shared:
+    shapes = [list(source.tensors[name].shape) for source in (a, b)]
+    if shapes[0] == shapes[1]:
+      same_shape.append(name)
+    else:
+      differences.append(f"{name} is {shapes[0]} in {a.label} and {shapes[1]} in {b.label}")
+  parameters = sum(a.tensors[name].size for name in same_shape)
+  narrow = {name: narrower(a.dtype(name), b.dtype(name)) for name in same_shape}
+  total = sum(a.tensors[name].size * dtype.itemsize for name, dtype in narrow.items())
+  stage, findings = Stage("comparing", total, report), _Findings()
+
+  def tasks() -> Iterator[Callable[[], None]]:
+    for name in same_shape:
+      rows = max(source.rows_per_block(name) for source in (a, b))
+      for start, stop in row_blocks(a.tensors[name], rows):
+        yield functools.partial(_compare_block, a, b, name, start, stop, stage, findings)
+
+  run_all(tasks(), NUM_THREADS)
+  differences += [findings.phrase(name) for name in same_shape if name in findings.counts]
+  return Verdict(
+    tensors=len(same_shape),
+    parameters=parameters,
+    dtypes=(_dtypes(a), _dtypes(b)),
+    differences=tuple(differences),
+  )
+
+
+class _Findings:
+  """Counts the values that differ by tensor, from any thread."""
+
+  def __init__(self) -> None:
+    self.counts: dict[str, tuple[int, float]] = {}
+    self._lock = threading.Lock()
+
+  def add(self, name: str, count: int, largest: float) -> None:
+    with self._lock:
+      before = self.counts.get(name, (0, 0.0))
+      self.counts[name] = (before[0] + count, max(before[1], largest))
+
+  def phrase(self, name: str) -> str:
+    count, largest = self.counts[name]
+    return f"{name} differs in {count:,} values, by up to {largest:.3g}"
+
+
+def _compare_block(
+  a: Source, b: Source, name: str, start: int, stop: int, stage: Stage, findings: _Findings
+) -> None:
+  left, right = a.read(name, start, stop), b.read(name, start, stop)
+  dtype = narrower(left.dtype, right.dtype)
+  left, right = cast(left, dtype, name), cast(right, dtype, name)
+  bits = f"u{dtype.itemsize}"
+  unequal = np.ascontiguousarray(left).view(bits) != np.ascontiguousarray(right).view(bits)
+  if unequal.any():
+    difference = left[unequal].astype(np.float64) - right[unequal].astype(np.float64)
+    findings.add(name, int(unequal.sum()), float(np.abs(difference).max()))
+  stage.add(left.nbytes)
+
+
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+  return {name: tensor.shape for name, tensor in source.tensors.items()}
+
+
+def _dtypes(source: Source) -> str:
+  return "/".join(sorted({source.dtype(name).name for name in source.tensors}))
+
+
+def _config_differences(a: Source, b: Source) -> list[str]:
+  differences = []
+  for theirs, ours in published_config.FIELDS.items():
+    mine, other = getattr(a.config, ours), getattr(b.config, ours)
+    if mine != other and theirs not in _NOT_COMPARED:
+      differences.append(f"{theirs} is {mine} in {a.label} and {other} in {b.label}")
+  return differences

@@ -1,0 +1,1 @@
+from tests.launch.conftest import mfjax  # noqa: F401 - a fixture.
