@@ -7,6 +7,7 @@ Shapes: B batch rows, T positions, K choices, D d_model, A d_attention, H heads,
 S cache positions, L layers.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -110,39 +111,45 @@ class AttentionExperts(nnx.Module):
       self.mesh,
       self.kernels,
     )
-    heads = (self.config.num_heads, self.config.head_dim)
-
-    def local(
-      x_BTD: jax.Array,
-      k_BTHh: jax.Array,
-      v_BTHh: jax.Array | None,
-      segments: tuple[jax.Array, jax.Array],
-      ids_BTK: jax.Array,
-      p_BTK: jax.Array,
-      weights: dict[str, jax.Array],
-    ) -> jax.Array:
-      batch, length, d_model = x_BTD.shape
-      plan = experts.make_plan(layout, ids_BTK.reshape(-1, layout.top_k))
-      q_SA = experts.project_in(layout, x_BTD.reshape(-1, d_model), weights["w_in"], plan)
-      q_BTKHh = q_SA.reshape(batch, length, layout.top_k, *heads)
-      o_BTKHh = stick_breaking_attention(
-        q_BTKHh,
-        k_BTHh,
-        v_BTHh,
-        *segments,
-        implementation=self.kernels.stick_breaking,
-        eps=self.kernels.stick_breaking_eps,
-      )
-      o_SA = checkpoint_name(o_BTKHh.reshape(q_SA.shape), SAVED_ATTENTION)
-      p_TK = p_BTK.reshape(-1, layout.top_k)
-      return experts.project_out(layout, o_SA, p_TK, weights["w_out"], plan).reshape(x_BTD.shape)
-
     weights = experts.join_banks(self.experts)
     specs = experts.bank_specs(self.experts, self.mesh)
-    attend = jax.shard_map(local, in_specs=(*(BATCH,) * 6, specs), out_specs=BATCH, check_vma=False)
+    attend = jax.shard_map(
+      functools.partial(self._attend, layout),
+      in_specs=(*(BATCH,) * 6, specs),
+      out_specs=BATCH,
+      check_vma=False,
+    )
     segments = (segments_BT, k_segments)
     y_BTD = attend(x_BTD, k_BTHh, v_BTHh, segments, *routing, weights)
     return y_BTD, statistics, cache
+
+  def _attend(
+    self,
+    layout: experts.ExpertLayout,
+    x_BTD: jax.Array,
+    k_BTHh: jax.Array,
+    v_BTHh: jax.Array | None,
+    segments: tuple[jax.Array, jax.Array],
+    ids_BTK: jax.Array,
+    p_BTK: jax.Array,
+    weights: dict[str, jax.Array],
+  ) -> jax.Array:
+    """Return [B, T, D] of one device's rows: project in, attend, project out."""
+    batch, length, d_model = x_BTD.shape
+    plan = experts.make_plan(layout, ids_BTK.reshape(-1, layout.top_k))
+    q_SA = experts.project_in(layout, x_BTD.reshape(-1, d_model), weights["w_in"], plan)
+    heads = (self.config.num_heads, self.config.head_dim)
+    o_BTKHh = stick_breaking_attention(
+      q_SA.reshape(batch, length, layout.top_k, *heads),
+      k_BTHh,
+      v_BTHh,
+      *segments,
+      implementation=self.kernels.stick_breaking,
+      eps=self.kernels.stick_breaking_eps,
+    )
+    o_SA = checkpoint_name(o_BTKHh.reshape(q_SA.shape), SAVED_ATTENTION)
+    p_TK = p_BTK.reshape(-1, layout.top_k)
+    return experts.project_out(layout, o_SA, p_TK, weights["w_out"], plan).reshape(x_BTD.shape)
 
   def _keys_and_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Return keys and values [B, T, H, h]; None for values that are the keys."""

@@ -33,7 +33,7 @@ class RowOrder(NamedTuple):
 def order_rows(expert_ids_S: jax.Array, num_experts: int, alignment: int) -> RowOrder:
   """Sort slots by expert; expert `num_experts` means nobody. Stable, hence deterministic.
 
-  By counting: a third of the time of a sort on a GPU (66 against 182 us for 65,536 slots of 32
+  By counting: a third of the time of a sort on a GPU (52 against 182 us for 65,536 slots of 32
   experts on an H200).
   """
   num_slots = expert_ids_S.shape[0]

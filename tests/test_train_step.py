@@ -1,21 +1,28 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from mfjax import sharding
+import pallas_kernels.grouped_matmul.tpu as grouped_tpu
+import pallas_kernels.stick_breaking.tpu as stick_breaking_tpu
+from mfjax import sharding, train_step
 from mfjax.config import (
   AuxLoss,
   DType,
+  KernelConfig,
   LossConfig,
+  ModelConfig,
   OptimizerConfig,
   Placement,
   Remat,
   Statistics,
   TrainConfig,
 )
+from pallas_kernels.implementation import Implementation
 from tests import tiny
 
 GATHERED = {"attention_placement": Placement.FSDP, "ff_placement": Placement.FSDP}
@@ -94,6 +101,75 @@ def test_rematerialisation_changes_memory_alone(remat):
   run = tiny.Run(tiny.run_config(train=TrainConfig(steps=20, remat=remat)))
   assert temporary_bytes(run) > 1.02 * temporary_bytes(full)
   np.testing.assert_allclose(tiny.losses(run.train(tiny.batches(3))), expected[:3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_pallas_kernels_train_as_the_portable_path_does(sizes, monkeypatch):
+  called = set()
+
+  def record(name, function, *args, **options):
+    called.add(name)
+    return function(*args, **options)
+
+  for module, name in ((grouped_tpu, "matmul_gelu"), (stick_breaking_tpu, "attention")):
+    spy = functools.partial(record, name, getattr(module, name))
+    monkeypatch.setattr(module, name, spy)
+
+  def train(implementation):
+    kernels = KernelConfig(grouped_matmul=implementation, stick_breaking=implementation)
+    how = TrainConfig(steps=20, remat=Remat.SELECTIVE)
+    run = tiny.Run(tiny.run_config(mesh=tiny.mesh(*sizes), kernels=kernels, train=how))
+    return tiny.losses(run.train(tiny.batches(2)))
+
+  expected = train(Implementation.XLA)
+  assert not called
+  np.testing.assert_allclose(train(Implementation.INTERPRET), expected, rtol=1e-6)
+  assert called == {"matmul_gelu", "attention"}
+
+
+def test_gradients_in_the_compute_dtype_cast_experts_once_a_step_and_round_once():
+  model = dataclasses.replace(tiny.MODEL, compute_dtype=DType.BFLOAT16)
+  moments = {}
+  for dtype in (DType.FLOAT32, DType.BFLOAT16):
+    optimizer = OptimizerConfig(gradient_dtype=dtype, clip_norm=0, warmup_steps=2)
+    train = TrainConfig(steps=20, microbatches=2)
+    run = tiny.Run(tiny.run_config(model=model, optimizer=optimizer, train=train))
+    batch = sharding.device_batch(run.mesh, tiny.batches(1)[0])
+    program = run.step.lower(run.state, batch).as_text()
+    # [experts, d_model, d_ff] of one layer, cast at each use.
+    casts = re.findall(r"convert .*<16x32x48xf32>\) -> tensor<16x32x48xbf16>", program)
+    assert bool(casts) == (dtype is DType.FLOAT32)
+    run.train(tiny.batches(1))
+    moments[dtype] = jax.device_get(optax.tree.get(run.state["optimizer"], "mu"))
+
+  def near(exact, rounded):
+    # Two microbatches' gradients, each rounded, and their sum.
+    np.testing.assert_allclose(rounded, exact, rtol=2**-6, atol=2**-7 * np.abs(exact).max())
+    return not np.array_equal(exact, rounded)
+
+  differ = jax.tree.map(near, moments[DType.FLOAT32], moments[DType.BFLOAT16])
+  assert any(jax.tree.leaves(differ))
+
+
+@pytest.mark.parametrize(
+  ("platform", "dtype", "expected"),
+  [
+    ("cpu", DType.BFLOAT16, Implementation.XLA),
+    ("gpu", DType.BFLOAT16, Implementation.PALLAS_GPU),
+    ("gpu", DType.FLOAT32, Implementation.XLA),
+    ("tpu", DType.FLOAT32, Implementation.PALLAS_TPU),
+  ],
+)
+def test_auto_is_the_kernel_of_the_platform_where_it_can(platform, dtype, expected, caplog):
+  model = ModelConfig(compute_dtype=dtype, num_layers=2)
+  kernels = train_step.resolve_kernels(KernelConfig(), platform, model)
+  assert (kernels.grouped_matmul, kernels.stick_breaking) == (expected, expected)
+  passed_over = platform == "gpu" and expected is Implementation.XLA
+  assert ("xla, since" in caplog.text) == passed_over  # Nothing falls back silently.
+  explicit = dataclasses.replace(kernels, grouped_matmul=Implementation.PALLAS_GPU)
+  if expected is not Implementation.PALLAS_GPU:
+    with pytest.raises(NotImplementedError, match="use .*xla"):
+      train_step.resolve_kernels(explicit, platform, model)
 
 
 def temporary_bytes(run: tiny.Run) -> int:

@@ -271,6 +271,24 @@ class _WeightsRefs(NamedTuple):
   voted: Ref
 
 
+def _run_roles(
+  walk: _Walk, refs: Any, compute: Callable[..., jax.Array], load: Callable[..., jax.Array]
+) -> None:
+  """Let two warpgroups compute every tile of the walk and a third load for them."""
+  wg = lax.axis_index("wg")
+
+  @pl.when(wg < WARPGROUPS)
+  def _() -> None:
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    walk.for_each_tile(refs.first, functools.partial(compute, wg))
+    plgpu.wait_smem_to_gmem(0)
+
+  @pl.when(wg == WARPGROUPS)
+  def _() -> None:
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+    finish(walk.for_each_tile(refs.first, load), _NUM_STAGES, refs.free)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Weights:
   """The kernel of the weights, from the diagonal leftwards."""
@@ -281,18 +299,7 @@ class _Weights:
   refs: _WeightsRefs
 
   def run(self) -> None:
-    refs, wg = self.refs, lax.axis_index("wg")
-
-    @pl.when(wg < WARPGROUPS)
-    def compute() -> None:
-      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-      self.walk.for_each_tile(refs.first, functools.partial(self._compute, wg))
-      plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(wg == WARPGROUPS)
-    def load() -> None:
-      plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-      finish(self.walk.for_each_tile(refs.first, self._load), _NUM_STAGES, refs.free)
+    _run_roles(self.walk, self.refs, self._compute, self._load)
 
   def _is_over(self, n: jax.Array) -> jax.Array:
     """Return whether both warpgroups found all sticks too short after a visit."""
@@ -485,18 +492,7 @@ class _Gradient:
   refs: _GradientRefs
 
   def run(self) -> None:
-    refs, wg = self.refs, lax.axis_index("wg")
-
-    @pl.when(wg < WARPGROUPS)
-    def compute() -> None:
-      plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-      self.walk.for_each_tile(refs.first, functools.partial(self._compute, wg))
-      plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(wg == WARPGROUPS)
-    def load() -> None:
-      plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-      finish(self.walk.for_each_tile(refs.first, self._load), _NUM_STAGES, refs.free)
+    _run_roles(self.walk, self.refs, self._compute, self._load)
 
   def _load(self, step: jax.Array, tile: _Tile) -> jax.Array:
     refs = self.refs
