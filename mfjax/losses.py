@@ -107,8 +107,7 @@ def _chunked(
     total, d_head = carry
     hidden_nD, target_n, mask_n = xs
     logits_nV = dot("nd,vd->nv", hidden_nD, head_VD)
-    logits_nV = jnp.where(in_vocabulary, logits_nV, -jnp.inf)
-    lse_n = jax.nn.logsumexp(logits_nV, axis=-1)
+    lse_n = _logsumexp(logits_nV, in_vocabulary)
     picked_n = jnp.take_along_axis(logits_nV, target_n[:, None], axis=-1)[:, 0]
     nats = jnp.where(mask_n, lse_n - picked_n, 0).sum()
     square = jnp.where(mask_n, jnp.square(lse_n), 0).sum()
@@ -119,7 +118,9 @@ def _chunked(
     probs_nV = jnp.exp(logits_nV - lse_n[:, None])
     d_logits_nV = probs_nV * (1 + 2 * options.z_weight * lse_n)[:, None]
     is_target_nV = jnp.arange(logits_nV.shape[1]) == target_n[:, None]
-    d_logits_nV = jnp.where(mask_n[:, None], d_logits_nV - is_target_nV, 0).astype(dtype)
+    d_logits_nV = jnp.where(mask_n[:, None], d_logits_nV - is_target_nV, 0)
+    # The padding is masked where logits are read, twice: masked once, they would be written again.
+    d_logits_nV = jnp.where(in_vocabulary, d_logits_nV, 0).astype(dtype)
     d_head += dot("nv,nd->vd", d_logits_nV, hidden_nD)
     d_hidden_nD = dot("nv,vd->nd", d_logits_nV, head_VD)
     return (total, d_head), d_hidden_nD.astype(dtype)
@@ -133,6 +134,25 @@ def _chunked(
     return total, None
   d_head = jax.lax.psum_scatter(d_head, WEIGHT_AXES, scatter_dimension=1, tiled=True)
   return total, (d_head, d_hidden.reshape(-1, hidden.shape[1])[:num_tokens])
+
+
+def _logsumexp(logits_nV: jax.Array, in_vocabulary: jax.Array) -> jax.Array:
+  """Return float32 [n]: log of the vocabulary's summed exponentials, in one pass over the logits.
+
+  A pair (m, s) stands for s exp(m). Logits are the step's largest array: a pass for the maximum and
+  one for the sum would take twice the time.
+  """
+
+  def add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> Any:
+    (m, s), (n, t) = a, b
+    ratio = jnp.exp(-jnp.abs(m - n))
+    return jnp.maximum(m, n), jnp.where(m > n, s + t * ratio, s * ratio + t)
+
+  least = jnp.finfo(jnp.float32).min  # Not -inf: the difference of two is not a number.
+  logits_nV = jnp.where(in_vocabulary, logits_nV, least)
+  ones_nV = jnp.broadcast_to(in_vocabulary.astype(jnp.float32), logits_nV.shape)
+  m_n, s_n = jax.lax.reduce((logits_nV, ones_nV), (jnp.float32(least), jnp.float32(0)), add, (1,))
+  return m_n + jnp.log(s_n)
 
 
 def _sums_forward(
