@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +58,44 @@ def test_unit_vectors_and_their_gradient_at_zero():
   x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
   np.testing.assert_allclose(_unit(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
   assert np.isfinite(jax.grad(lambda x: _unit(x)[:, 0].sum())(x)).all()
+
+
+def plain_norm(x, weight, bias, eps):
+  """Normalise float64 rows in two passes."""
+  centred = x - x.mean(-1, keepdims=True)
+  return centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + eps) * weight + bias
+
+
+def plain_norm_gradients(x, weight, eps, dy):
+  rstd = 1 / np.sqrt(x.var(-1, keepdims=True) + eps)
+  normed = (x - x.mean(-1, keepdims=True)) * rstd
+  slope = (dy * weight * normed).mean(-1, keepdims=True)
+  dx = rstd * (dy * weight - (dy * weight).mean(-1, keepdims=True) - normed * slope)
+  return dx, (dy * normed).sum((0, 1)), dy.sum((0, 1))
+
+
+# All elements far from zero; the first, which the variance is taken relative to, far from the rest.
+@pytest.mark.parametrize(("offset", "first"), [(0, 0), (100, 0), (0, 3000)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("config", MESHES, ids=["one", "eight"])
+def test_layer_norm_and_its_gradients(config, dtype, offset, first):
+  size, eps = int(np.prod(list(config.axis_sizes.values()))), 1e-5
+  mesh = sharding.make_mesh(config, jax.devices()[:size])
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), dtype))  # noqa: E731
+  x, dy = (draw(8, 96, 64) + np.asarray(offset, dtype)), draw(8, 96, 64)
+  x[:, :, 0] += first
+  weight, bias = rng.standard_normal((2, 64)).astype(np.float32)
+  with jax.set_mesh(mesh):
+    vectors = [placed(mesh, v, sharding.P(None)) for v in (weight, bias)]
+    norm = functools.partial(layers._layer_norm, eps)
+    y, pull = jax.vjp(jax.jit(norm), placed(mesh, x, sharding.BATCH), *vectors)
+    gradients = jax.jit(pull)(placed(mesh, dy, sharding.BATCH))
+  x, dy = x.astype(np.float64), dy.astype(np.float64)
+  expected = plain_norm_gradients(x, weight.astype(np.float64), eps, dy)
+  results = zip((y, *gradients), (plain_norm(x, weight, bias, eps), *expected), strict=True)
+  for index, (got, want) in enumerate(results):
+    is_rounded = dtype == jnp.bfloat16 and index < 2  # y and dx; sums over tokens stay float32.
+    assert got.dtype == (dtype if index < 2 else jnp.float32)
+    error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+    assert error < (4e-3 if is_rounded else 3e-5), index
