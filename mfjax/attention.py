@@ -147,7 +147,9 @@ class AttentionExperts(nnx.Module):
       implementation=self.kernels.stick_breaking,
       eps=self.kernels.stick_breaking_eps,
     )
-    o_SA = checkpoint_name(o_BTKHh.reshape(q_SA.shape), SAVED_ATTENTION)
+    # The barrier: see residuals.named. A kernel that is used and saved would run twice.
+    o_SA = jax.lax.optimization_barrier(o_BTKHh.reshape(q_SA.shape))
+    o_SA = checkpoint_name(o_SA, SAVED_ATTENTION)
     p_TK = p_BTK.reshape(-1, layout.top_k)
     return experts.project_out(layout, o_SA, p_TK, weights["w_out"], plan).reshape(x_BTD.shape)
 
