@@ -168,9 +168,9 @@ def arrive(words: Any, index: Any) -> None:
 class Ring:
   """Slots for blocks of keys and of values, with barriers in both directions.
 
-  Consumers may leave before the last step: a consumer that does says so in `exits`, and the
-  producer, once all have, notes there the step that it does not issue. No copy is then on its way
-  when the block ends.
+  A thread block may hold several rings, which share nothing. Consumers may leave before the last
+  step: a consumer that does says so in `exits`, and the producer, once all have, notes there the
+  step that it does not issue. No copy is then on its way when the block ends.
   """
 
   k: Any
@@ -179,28 +179,43 @@ class Ring:
   v_full: Any
   k_free: Any
   v_free: Any
-  exits: Any  # int32 [1 + consumers]: steps that are issued; whether a consumer has left.
+  exits: Any  # int32 per ring [1 + consumers]: steps that are issued; whether a consumer has left.
+  count: int = 1  # Of rings.
+  index: Any = 0  # Of this ring.
 
   @staticmethod
-  def scratch(stages: int, halves: int, keys: int, dtype: Any, consumers: int) -> tuple[Any, ...]:
-    """Return the scratch types of the fields."""
-    tile = plgpu.SMEM((stages, halves, keys, COLUMNS), dtype, transforms=TRANSFORMS)
-    free = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
-    exits = plgpu.SMEM((1 + consumers,), jnp.int32)
-    return tile, tile, barriers(stages), barriers(stages), free, free, exits
+  def scratch(
+    stages: int, halves: int, keys: int, dtype: Any, consumers: int, count: int = 1
+  ) -> tuple[Any, ...]:
+    """Return the scratch types of the first seven fields; `consumers` are those of each ring."""
+    slots = count * stages
+    tile = plgpu.SMEM((slots, halves, keys, COLUMNS), dtype, transforms=TRANSFORMS)
+    free = plgpu.Barrier(num_arrivals=consumers, num_barriers=slots)
+    exits = plgpu.SMEM((count * (1 + consumers),), jnp.int32)
+    return tile, tile, barriers(slots), barriers(slots), free, free, exits
 
   @property
   def _stages(self) -> int:
-    return self.k.shape[0]
+    return int(self.k.shape[0]) // self.count
+
+  @property
+  def _limit(self) -> Any:
+    """Return where `exits` holds the steps of this ring, its consumers after it."""
+    return self.index * (self.exits.shape[0] // self.count)
 
   def slot(self, step: jax.Array) -> jax.Array:
-    return lax.rem(step, jnp.int32(self._stages))
+    return lax.rem(step, jnp.int32(self._stages)) + self.index * self._stages
 
-  def init(self, steps: jax.Array) -> None:
-    """Prepare; for all threads of the block."""
-    self.exits[0] = steps
-    for consumer in range(self.exits.shape[0] - 1):
-      self.exits[1 + consumer] = jnp.int32(0)
+  def init(self, steps: jax.Array | None = None) -> None:
+    """Prepare all rings; for all threads of the block.
+
+    Args:
+      steps: how many there are at most where consumers may leave; None: they never do.
+    """
+    if steps is not None:
+      size = self.exits.shape[0] // self.count
+      for i in range(self.exits.shape[0]):
+        self.exits[i] = steps if i % size == 0 else jnp.int32(0)
     init(self.k_full, self.v_full)
 
   def wait_k(self, step: jax.Array) -> None:
@@ -219,7 +234,14 @@ class Ring:
 
   def leave(self, consumer: jax.Array) -> None:
     """Say that a consumer needs no more steps; before it releases its last."""
-    self.exits[1 + consumer] = jnp.int32(1)
+    self.exits[self._limit + 1 + consumer] = jnp.int32(1)
+
+  def pass_on(self, step: jax.Array) -> None:
+    """Let a step pass that a consumer has no use for."""
+    self.wait_k(step)
+    self.wait_v(step)
+    self.release_k(step)
+    self.release_v(step)
 
   def drain(self, step: jax.Array) -> None:
     """Let the steps from `step` on pass until the producer has stopped; for a consumer."""
@@ -227,7 +249,7 @@ class Ring:
     def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
       step, _ = state
       self.wait_k(step)
-      limit = self.exits[0]
+      limit = self.exits[self._limit]
 
       @pl.when(step < limit)
       def pass_on() -> None:
@@ -237,7 +259,7 @@ class Ring:
 
       return step + 1, limit
 
-    lax.while_loop(lambda state: state[0] < state[1], body, (step, self.exits[0]))
+    lax.while_loop(lambda state: state[0] < state[1], body, (step, self.exits[self._limit]))
 
   def produce(
     self, steps: jax.Array, load_k: Callable[..., None], load_v: Callable[..., None]
@@ -264,12 +286,13 @@ class Ring:
         plgpu.barrier_wait(self.k_free.at[slot])
         plgpu.barrier_wait(self.v_free.at[slot])
 
-      left = functools.reduce(lax.min, [self.exits[1 + i] for i in range(self.exits.shape[0] - 1)])
+      consumers = range(1, self.exits.shape[0] // self.count)
+      left = functools.reduce(lax.min, [self.exits[self._limit + i] for i in consumers])
       left = any_thread(left)
 
       @pl.when(left == 1)
       def stop() -> None:
-        self.exits[0] = step
+        self.exits[self._limit] = step
         arrive(self.k_full, slot)
 
       @pl.when(left == 0)
