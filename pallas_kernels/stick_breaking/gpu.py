@@ -7,6 +7,7 @@ sees are skipped, segments are compared only in blocks that hold a border.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ def attention(
     scale: factor of q . k.
     eps: skip what is left of a tile of queries once less than eps is left of each of its sticks,
       an absolute error of at most eps times the largest value; 0: exact.
-    tiling, backward_tiling: sizes, else measured ones, else a guess from the shape.
+    tiling, backward_tiling: sizes, else measured ones, else a guess from the shape. An odd number
+      of heads is computed one by one.
 
   Raises:
     NotImplementedError: another dtype or head dim.
@@ -76,6 +78,7 @@ def attention(
   if backward_tiling is None:
     fields = tuning.lookup("stick_breaking.backward", q.dtype, shape)
     backward_tiling = BackwardTiling(**fields) if fields else default_backward_tiling(sizes)
+  tiling = dataclasses.replace(tiling, heads=math.gcd(tiling.heads, sizes.num_heads))
   # Rows of a copy to shared memory come in eights; the kernels never look at those added.
   rows = q.reshape(b, num_queries, -1, dim)
   rows = jnp.pad(rows, ((0, 0), (0, -num_queries % 8), (0, 0), (0, 0)))
@@ -88,6 +91,8 @@ def attention(
 
 def default_tiling(sizes: Sizes) -> Tiling:
   """Return sizes that fit any shape of a head dim."""
+  if sizes.num_queries > ROWS and sizes.dim == 64:
+    return Tiling(consumers=2, block_k=64, stages=4, heads=2)
   consumers = 1 if sizes.num_queries <= ROWS else 2
   block_k = 64 if sizes.dim > 128 or sizes.num_keys <= 64 else 128
   return Tiling(consumers=consumers, block_k=block_k, stages=2)
@@ -95,13 +100,16 @@ def default_tiling(sizes: Sizes) -> Tiling:
 
 def default_backward_tiling(sizes: Sizes) -> BackwardTiling:
   """Return sizes that fit any shape of a head dim."""
-  return BackwardTiling(consumers=1 if sizes.dim > 128 else 2, block_k=64, stages=2)
+  if sizes.dim > 128:
+    return BackwardTiling(consumers=1, block_k=64, stages=2)
+  return BackwardTiling(consumers=2, block_k=64, stages=3)
 
 
 def candidates(dim: int) -> list[Tiling]:
   """Return forward tilings worth measuring."""
   blocks = (64,) if dim > 128 else (64, 128)
-  return [
+  pairs = [Tiling(consumers=2, block_k=64, stages=stages, heads=2) for stages in (2, 3, 4)]
+  return (pairs if dim == 64 else []) + [
     Tiling(consumers=2, block_k=block_k, stages=stages)
     for block_k in blocks
     for stages in (2, 3, 4)

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.stick_breaking.gpu_scan import KEYS, ROWS
 
@@ -20,7 +21,8 @@ _LARGEST = jnp.iinfo(jnp.int32).max
 class Blocks:
   """What the kernels read of the segments; for tiles of some number of queries.
 
-  first, last: int32 [b, tiles]: first and last visible block.
+  first, last: int32 [b, tiles]: first and last visible block; where there is none, one past all
+    blocks and -1.
   plain_from: int32 [b, tiles]: from this block up to the diagonal, all keys are in the segment of
     all queries.
   q_segments, k_segments: int32 [b, queries or keys], padded.
@@ -67,10 +69,18 @@ def blocks_of(segments: Segments, tile: int, num_queries: int, num_keys: int) ->
   visible = (k_low <= q_high) & (k_high >= q_low) & causal
   # Blocks that hold one segment only, padding included, which is the tile's only one.
   plain = (q_least == q_high) & (q_high == k_high) & (k_least == k_high) & (k_high > 0)
-  first = jnp.where(visible, block, _LARGEST).min(-1)
-  last = jnp.where(visible, block, -1).max(-1)
-  plain_from = jnp.where(causal & ~plain, block + 1, 0).max(-1)
-  return Blocks(jnp.minimum(first, last + 1), last, plain_from, q_segments, k_segments, tile)
+  # One reduction, as a kernel that short costs no more than its launch.
+  first, last, plain_from = lax.reduce(
+    (
+      jnp.where(visible, block, num_keys // KEYS),
+      jnp.where(visible, block, -1),
+      jnp.where(causal & ~plain, block + 1, 0),
+    ),
+    (jnp.int32(num_keys // KEYS), jnp.int32(-1), jnp.int32(0)),
+    lambda x, y: (lax.min(x[0], y[0]), lax.max(x[1], y[1]), lax.max(x[2], y[2])),
+    (2,),
+  )
+  return Blocks(first, last, plain_from, q_segments, k_segments, tile)
 
 
 def _bounds(segments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ ACC: Any = plgpu.ACC  # type: ignore[attr-defined]  # An accumulator of wgmma.
 
 MAX_CONSUMERS = 2  # Registers allow no more.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24  # Per thread, of 504 that three warpgroups share.
+HALF_CONSUMER_REGISTERS = 104  # Of 480 that four consumers and two producers share.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.stick_breaking import gpu, gpu_backward, gpu_blocks, gpu_copy, gpu_scan
+from pallas_kernels.stick_breaking import (
+  gpu,
+  gpu_backward,
+  gpu_blocks,
+  gpu_copy,
+  gpu_scan,
+  gpu_tiles,
+)
 from pallas_kernels.stick_breaking.gpu_tiles import Sizes
 from tests.pallas_kernels import gpu_target
 
@@ -166,9 +173,9 @@ def test_what_the_kernel_cannot_do_is_named():
     gpu.attention(q, k, k, (ones, ones), 1.0)
 
 
-def shapes_of(num_queries, num_keys, slots, dim):
-  q = jax.ShapeDtypeStruct((2, num_queries, slots, HEADS, dim), jnp.bfloat16)
-  k = jax.ShapeDtypeStruct((2, num_keys, HEADS, dim), jnp.bfloat16)
+def shapes_of(num_queries, num_keys, slots, dim, heads=HEADS):
+  q = jax.ShapeDtypeStruct((2, num_queries, slots, heads, dim), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((2, num_keys, heads, dim), jnp.bfloat16)
   segments = [jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (num_queries, num_keys)]
   return q, k, k, *segments
 
@@ -200,6 +207,25 @@ def test_kernels_compile_without_spills_or_serialized_products(lengths, slots, d
   assert report.text.count("mosaic_gpu") >= 3
 
 
+@gpu_target.needs_cuda_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("heads", "consumers", "registers"),
+  [(4, 4, gpu_tiles.HALF_CONSUMER_REGISTERS), (3, 2, gpu_tiles.CONSUMER_REGISTERS)],
+)
+def test_warpgroups_ask_for_no_more_registers_than_a_block_has(heads, consumers, registers):
+  # A warpgroup that asks for more than the others leave waits for ever.
+  def forward(q, k, v, q_segments, k_segments):
+    return gpu.attention(q, k, v, (q_segments, k_segments), 0.125)
+
+  report = gpu_target.compile_kernel(forward, *shapes_of(384, 384, 1, 64, heads))
+  report.assert_efficient()
+  (at_launch,) = report.registers
+  producers = consumers // 2
+  asked = consumers * registers + producers * gpu_tiles.PRODUCER_REGISTERS
+  assert asked <= (consumers + producers) * at_launch
+
+
 def relative_error(found, expected):
   found, expected = (np.asarray(x, np.float64) for x in (found, expected))
   return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30)
@@ -209,14 +235,14 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 @pytest.mark.parametrize("kind", ["one", "packed", "mixed", "cache"])
 @pytest.mark.parametrize(
-  ("lengths", "slots", "dim"),
-  [((256, 256), 1, 64), ((500, 500), 1, 128), ((150, 391), 2, 64), ((1, 450), 2, 128),
-   ((300, 300), 1, 256)],
+  ("lengths", "slots", "heads", "dim"),
+  [((256, 256), 1, 2, 64), ((500, 500), 1, 2, 128), ((150, 391), 2, 2, 64), ((1, 450), 2, 2, 128),
+   ((300, 300), 1, 2, 256), ((320, 450), 1, 3, 64)],
 )  # fmt: skip
-def test_values_and_gradients_equal_the_oracle(lengths, slots, dim, kind, scale):
+def test_values_and_gradients_equal_the_oracle(lengths, slots, heads, dim, kind, scale):
   from pallas_kernels.stick_breaking import reference
 
-  q, k, v, *_ = shapes_of(*lengths, slots, dim)
+  q, k, v, *_ = shapes_of(*lengths, slots, dim, heads)
   keys = jax.random.split(jax.random.key(0), 4)
   draws = [jax.random.normal(key, x.shape) for key, x in zip(keys, (q, k, v, q), strict=True)]
   q, k, v, d_out = (
