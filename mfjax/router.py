@@ -5,14 +5,17 @@ Shapes: B batch rows, T positions, D d_model, G d_gate, N experts, K experts cho
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mfjax.config import Gate, ModelConfig
 from mfjax.layers import dropout, linear, normal, parameter
+
+SAVED_CHOICE = "router_choice"
 
 
 class RouterStatistics(NamedTuple):
@@ -69,25 +72,12 @@ class Router(nnx.Module):
     """
     drop_key, sample_key = (None, None) if key is None else jax.random.split(key)
     logits_BTN = self._logits(x_BTD, drop_key)
-    log_probs_BTN = jax.nn.log_softmax(logits_BTN)
-    probs_BTN = jnp.exp(log_probs_BTN)
-    ids_BTK = self._choose(jax.lax.stop_gradient(probs_BTN), sample_key)
-    chosen_BTKN = jax.nn.one_hot(ids_BTK, self.num_experts, dtype=jnp.float32)
-    chosen_BTKN = jnp.where(is_token_BT[:, :, None, None], chosen_BTKN, 0)
-    # A product with one-hot rows: its gradient is a gather's inverse without a scatter.
-    weights_BTK = jnp.einsum("btn,btkn->btk", probs_BTN, chosen_BTKN, precision="highest")
-    is_token_BT1 = is_token_BT[:, :, None]
-    kept_BTN = jnp.where(is_token_BT1, probs_BTN, 0)
-    logsumexp_BT = jax.nn.logsumexp(logits_BTN, axis=-1)
-    statistics = RouterStatistics(
-      tokens=is_token_BT.sum(dtype=jnp.float32),
-      prob_sum=kept_BTN.sum((0, 1)),
-      picks=chosen_BTKN.sum((0, 1, 2)),
-      entropy_sum=-(kept_BTN * log_probs_BTN).sum(),
-      square_logsumexp_sum=jnp.where(is_token_BT, jnp.square(logsumexp_BT), 0).sum(),
-    )
-    ids_BTK = jnp.where(is_token_BT1, ids_BTK, self.num_experts)
-    return Routing(ids_BTK, weights_BTK), statistics
+    probs_BTN = jax.nn.softmax(jax.lax.stop_gradient(logits_BTN))
+    ids_BTK = checkpoint_name(self._choose(probs_BTN, sample_key), SAVED_CHOICE)
+    ids_BTK = jnp.where(is_token_BT[:, :, None], ids_BTK, self.num_experts)
+    weights_BTK, sums = _gate(logits_BTN, ids_BTK, is_token_BT)
+    tokens = is_token_BT.sum(dtype=jnp.float32)
+    return Routing(ids_BTK, weights_BTK), RouterStatistics(tokens, *sums)
 
   def _logits(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
     """Return float32 [B, T, N]; inputs of products in x's dtype, sums in float32."""
@@ -99,27 +89,120 @@ class Router(nnx.Module):
     if gate is Gate.GMM:
       cosine = linear(_unit(z_BTG), _unit(rows_NG).T, is_sharded=False)
       return cosine * jnp.exp(self.temperature[...])
-    z_BTG = _activation(z_BTG, self.b1[...])
-    z_BTG = dropout(z_BTG, self.config.router_dropout, key)
-    return linear(z_BTG.astype(dtype), rows_NG.T, is_sharded=False)
+    a_BTG = _activation(dtype, z_BTG, self.b1[...])
+    a_BTG = dropout(a_BTG, self.config.router_dropout, key)
+    return linear(a_BTG, rows_NG.T, is_sharded=False)
 
   def _choose(self, probs_BTN: jax.Array, key: jax.Array | None) -> jax.Array:
     """Return int32 [B, T, K]: the k best, or k-s best and s drawn among the rest in training."""
     num_drawn = self.config.sample_top_k
     if key is None or num_drawn == 0:
-      return jax.lax.top_k(probs_BTN, self.top_k)[1]
+      return _largest(probs_BTN, self.top_k)
     num_best = self.top_k - num_drawn
-    best = jax.lax.top_k(probs_BTN, num_best)[1]
+    best = _largest(probs_BTN, num_best)
     taken = jax.nn.one_hot(best, self.num_experts, dtype=bool).any(2)
     # The largest Gumbel-perturbed log weights are a draw without replacement.
     noise = jax.random.gumbel(key, probs_BTN.shape, out_sharding=jax.typeof(probs_BTN).sharding)
     scores = jnp.where(taken, -math.inf, jnp.log(probs_BTN + 1e-6) + noise)
-    return jnp.concatenate([best, jax.lax.top_k(scores, num_drawn)[1]], axis=-1)
+    return jnp.concatenate([best, _largest(scores, num_drawn)], axis=-1)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # Keeps its input alone.
-def _activation(z_BTG: jax.Array, bias: jax.Array) -> jax.Array:
-  return jax.nn.gelu(z_BTG + bias, approximate=False)
+def _largest(scores_BTN: jax.Array, count: int) -> jax.Array:
+  """Return int32 [B, T, count]: the largest scores' indices, of equal ones the lower first.
+
+  One after the other: on a GPU, `jax.lax.top_k` sorts whole rows (28 us for 16,384 rows of 32).
+  """
+  indices = []
+  for _ in range(count):
+    index_BT1 = jnp.argmax(scores_BTN, axis=-1, keepdims=True).astype(jnp.int32)
+    indices.append(index_BT1)
+    scores_BTN = jnp.where(_is(index_BT1, scores_BTN), -math.inf, scores_BTN)
+  if not indices:
+    return jnp.zeros_like(scores_BTN, jnp.int32)[..., :0]
+  return jnp.concatenate(indices, axis=-1)
+
+
+def _is(index_BT1: jax.Array, values_BTN: jax.Array) -> jax.Array:
+  """Return bool [B, T, N]: where an index is the last dimension's."""
+  return index_BT1 == jnp.arange(values_BTN.shape[-1], dtype=jnp.int32)
+
+
+_Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+@jax.custom_vjp
+def _gate(
+  logits_BTN: jax.Array, ids_BTK: jax.Array, is_token_BT: jax.Array
+) -> tuple[jax.Array, _Sums]:
+  """Return combine weights [B, T, K] and RouterStatistics' sums after `tokens`.
+
+  A custom gradient: in a few passes it computes what JAX's own takes a dozen for.
+  """
+  return _gate_forward(logits_BTN, ids_BTK, is_token_BT)[0]
+
+
+def _gate_forward(
+  logits_BTN: jax.Array, ids_BTK: jax.Array, is_token_BT: jax.Array
+) -> tuple[tuple[jax.Array, _Sums], Any]:
+  logsumexp_BT = jax.nn.logsumexp(logits_BTN, axis=-1)
+  log_probs_BTN = jax.nn.log_softmax(logits_BTN)
+  probs_BTN = jnp.exp(log_probs_BTN)
+  choices = jnp.split(ids_BTK, ids_BTK.shape[-1], axis=-1)  # Padding has an expert beyond the last.
+  chosen = [_is(index_BT1, probs_BTN) for index_BT1 in choices]
+  weights = [jnp.where(is_it, probs_BTN, 0).sum(-1, keepdims=True) for is_it in chosen]
+  kept_BTN = jnp.where(is_token_BT[:, :, None], probs_BTN, 0)
+  picks_BTN = sum((is_it.astype(jnp.float32) for is_it in chosen), start=jnp.float32(0))
+  sums = (
+    kept_BTN.sum((0, 1)),
+    picks_BTN.sum((0, 1)),
+    -(kept_BTN * log_probs_BTN).sum(),
+    jnp.where(is_token_BT, jnp.square(logsumexp_BT), 0).sum(),
+  )
+  saved = tuple(checkpoint_name(x, SAVED_CHOICE) for x in (log_probs_BTN, logsumexp_BT))
+  return (jnp.concatenate(weights, axis=-1), sums), (*saved, ids_BTK, is_token_BT)
+
+
+def _gate_backward(saved: Any, cotangents: tuple[jax.Array, _Sums]) -> tuple[jax.Array, None, None]:
+  """With g the slope of the probabilities, entropy's -log p among it: p (g - <p, g>)."""
+  log_probs_BTN, logsumexp_BT, ids_BTK, is_token_BT = saved
+  d_weights_BTK, (d_prob_sum_N, _, d_entropy, d_square) = cotangents
+  probs_BTN, is_token_BT1 = jnp.exp(log_probs_BTN), is_token_BT[:, :, None]
+  slope_BTN = jnp.where(is_token_BT1, d_prob_sum_N - d_entropy * log_probs_BTN, 0)
+  num_choices = ids_BTK.shape[-1]
+  pairs = (jnp.split(x, num_choices, axis=-1) for x in (ids_BTK, d_weights_BTK))
+  for index_BT1, d_weight_BT1 in zip(*pairs, strict=True):
+    slope_BTN += jnp.where(_is(index_BT1, probs_BTN), d_weight_BT1, 0)
+  mean_BT1 = (probs_BTN * slope_BTN).sum(-1, keepdims=True)
+  level_BT1 = jnp.where(is_token_BT1, 2 * d_square * logsumexp_BT[:, :, None], 0)
+  return probs_BTN * (slope_BTN - mean_BT1 + level_BT1), None, None
+
+
+_gate.defvjp(_gate_forward, _gate_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activation(dtype: Any, z_BTG: jax.Array, bias: jax.Array) -> jax.Array:
+  """Return GELU (erf) of float32 z + bias, rounded to `dtype`."""
+  return jax.nn.gelu(z_BTG + bias, approximate=False).astype(dtype)
+
+
+def _activation_forward(dtype: Any, z_BTG: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
+  return _activation(dtype, z_BTG, bias), (z_BTG, bias)
+
+
+def _activation_backward(dtype: Any, saved: Any, da_BTG: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keep no float32 [B, T, G] beside z: both gradients come from dz as `linear` rounds it."""
+  z_BTG, bias = saved
+  x_BTG = z_BTG + bias
+  below = 0.5 * jax.lax.erfc(-math.sqrt(0.5) * x_BTG)
+  density = jnp.exp(-0.5 * jnp.square(x_BTG)) / math.sqrt(2 * math.pi)
+  dz_BTG = ((below + x_BTG * density) * da_BTG).astype(dtype)
+  # The barrier makes XLA write it rounded, once.
+  dz_BTG = jax.lax.optimization_barrier(dz_BTG).astype(jnp.float32)
+  return dz_BTG, dz_BTG.sum((0, 1))
+
+
+_activation.defvjp(_activation_forward, _activation_backward)
 
 
 def _unit(x: jax.Array) -> jax.Array:
