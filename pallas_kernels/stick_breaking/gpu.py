@@ -92,7 +92,7 @@ def attention(
 def default_tiling(sizes: Sizes) -> Tiling:
   """Return sizes that fit any shape of a head dim."""
   if sizes.num_queries > ROWS and sizes.dim == 64:
-    return Tiling(consumers=2, block_k=64, stages=4, heads=2)
+    return Tiling(consumers=2, block_k=64, stages=2, heads=2)
   consumers = 1 if sizes.num_queries <= ROWS else 2
   block_k = 64 if sizes.dim > 128 or sizes.num_keys <= 64 else 128
   return Tiling(consumers=consumers, block_k=block_k, stages=2)
@@ -102,7 +102,7 @@ def default_backward_tiling(sizes: Sizes) -> BackwardTiling:
   """Return sizes that fit any shape of a head dim."""
   if sizes.dim > 128:
     return BackwardTiling(consumers=1, block_k=64, stages=2)
-  return BackwardTiling(consumers=2, block_k=64, stages=3)
+  return BackwardTiling(consumers=2, block_k=64, stages=2)
 
 
 def candidates(dim: int) -> list[Tiling]:

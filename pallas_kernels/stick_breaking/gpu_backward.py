@@ -38,7 +38,6 @@ from pallas_kernels.stick_breaking.gpu_tiles import (
   store_halves,
   transpose,
 )
-from pallas_kernels.stick_breaking.gpu_turns import Turns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,6 @@ def d_queries(
       plgpu.SMEM(tile, q.dtype, transforms=TRANSFORMS),
       plgpu.Barrier(num_arrivals=2 * sizes.halves, num_barriers=tiling.consumers),
       *Ring.scratch(tiling.stages, sizes.halves, tiling.block_k, q.dtype, tiling.consumers),
-      *Turns.scratch(tiling.consumers),
     ),
     grid=(sizes.num_heads, sizes.tiles(ROWS * tiling.consumers), sizes.batch),
     grid_names=("head", "tile", "batch"),
@@ -117,15 +115,14 @@ def _dq_kernel(
   q_tile: Ref,
   d_tile: Ref,
   full: Ref,
-  *refs: Ref,
+  *ring_fields: Ref,
   sizes: Sizes,
   scale: float,
   query_tile: int,
   tiling: Tiling,
 ) -> None:
   """Walk the visited blocks of one tile of queries, from left to right."""
-  *fields, turn = refs if tiling.consumers == 2 else (*refs, None)
-  ring = Ring(*fields)
+  ring = Ring(*ring_fields)
   head, b, warpgroup = (lax.axis_index(name) for name in ("head", "batch", "warpgroup"))
   tile = sizes.tiles(ROWS * tiling.consumers) - 1 - lax.axis_index("tile")
   units = jnp.int32(tiling.block_k // KEYS)
@@ -152,7 +149,6 @@ def _dq_kernel(
     plgpu.barrier_wait(full.at[warpgroup])
     consumer = _QueryConsumer(
       q=q_tile, d_out=d_tile, index=warpgroup, ring=ring,
-      turn=turn,
       at=(b, head, row), first=first, steps=steps,
       visited=(visited[b, head, part, 0], visited[b, head, part, 1]),
       plain_from=tile_value(plain_from, b, row, query_tile), segments=(q_segments, k_segments),
@@ -181,7 +177,6 @@ class _QueryConsumer:
   d_out: Ref
   index: jax.Array
   ring: Ring
-  turn: Ref  # None: there is one consumer.
   at: tuple[jax.Array, jax.Array, jax.Array]  # Batch, head, first row.
   first: jax.Array  # Leftmost block, in steps' units.
   steps: jax.Array
@@ -199,13 +194,10 @@ class _QueryConsumer:
     prefix = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), gpu_registers.ROWS)
     # Blocks right of the diagonal of these queries belong to another warpgroup's.
     position = self.sizes.history + self.at[2]
-    end, shared = self._end(position), self._end(position - self.index * ROWS)
-    turns = Turns(self.turn, self.index, jnp.int32(0), shared)
-    turns.prepare(self.turn, self.index)
-    turns.before(jnp.int32(0))
-    lax.fori_loop(jnp.int32(0), end, functools.partial(self._step, accs, turns), prefix)
+    end = lax.div(position + (ROWS - 1), jnp.int32(self.block_k)) + 1 - self.first
+    end = lax.clamp(jnp.int32(0), end, self.steps)
+    lax.fori_loop(jnp.int32(0), end, functools.partial(self._step, accs), prefix)
     plgpu.wgmma_wait(0)
-    turns.after(end)
 
     @pl.when((end > 0) & (end < self.steps))
     def release() -> None:
@@ -214,14 +206,7 @@ class _QueryConsumer:
     lax.fori_loop(end, self.steps, lambda step, _: self.ring.pass_on(step), None)
     return [acc[...] * self.scale for acc in accs]
 
-  def _end(self, position: jax.Array) -> jax.Array:
-    """Return how many steps 64 queries take, the first one's position given."""
-    end = lax.div(position + (ROWS - 1), jnp.int32(self.block_k)) + 1 - self.first
-    return lax.clamp(jnp.int32(0), end, self.steps)
-
-  def _step(
-    self, accs: tuple[Ref, ...], turns: Turns, step: jax.Array, prefix: jax.Array
-  ) -> jax.Array:
+  def _step(self, accs: tuple[Ref, ...], step: jax.Array, prefix: jax.Array) -> jax.Array:
     """Add a block's gradients of logits times keys; return the sum of g left of the next."""
     ring, halves = self.ring, self.sizes.halves
     b, head, row = self.at
@@ -241,7 +226,6 @@ class _QueryConsumer:
 
     shape = ACC((ROWS, self.block_k), jnp.float32)
     s, d_weights = pl.run_scoped(scores, shape, shape)
-    turns.multiplied(step)
     ring.release_v(step)
 
     # The product with the keys of the step before is complete as well.
@@ -256,7 +240,6 @@ class _QueryConsumer:
     _weights, d_scores, right = gpu_registers.gradients(s, d_weights, sticks, prefix, factor)
     for unit, sums in zip(units, [prefix, *right[:-1]], strict=True):
       self.prefixes[b, head, unit, pl.ds(row, ROWS)] = sums
-    turns.multiply(step)
     for half, acc in enumerate(accs):
       plgpu.wgmma(acc, d_scores.astype(self.sizes.dtype), ring.k.at[slot, half])
     return right[-1]
@@ -341,7 +324,6 @@ def _d_keys_values(
       plgpu.Barrier(num_arrivals=2 * sizes.halves, num_barriers=tiling.stages),
       plgpu.Barrier(num_arrivals=tiling.consumers, num_barriers=tiling.stages),
       *[square] * len(wanted),
-      *Turns.scratch(tiling.consumers),
     ),
     grid=(sizes.num_kv_heads, num_tiles, sizes.batch),
     grid_names=("head", "tile", "batch"),
@@ -392,11 +374,10 @@ def _dkv_kernel(
   tiling: Tiling,
 ) -> None:
   """Walk the tiles of queries, of all slots, that visited one tile of keys."""
-  grads, (k_tile, v_tile, kv_full, q_ring, d_ring, full, free, *rest) = (
+  grads, (k_tile, v_tile, kv_full, q_ring, d_ring, full, free, *squares) = (
     refs[: len(wanted)],
     refs[len(wanted) :],
   )
-  squares, turn = rest[: len(wanted)], rest[len(wanted) :]
   head, tile, b, warpgroup = (
     lax.axis_index(name) for name in ("head", "tile", "batch", "warpgroup")
   )
@@ -417,7 +398,6 @@ def _dkv_kernel(
     consumer = _KeyConsumer(
       k=k_tile, v=v_tile, q=q_ring, d_out=d_ring, full=full, free=free, squares=tuple(squares),
       index=warpgroup, batch=b, unit=unit, head=head, first=first, per_slot=per_slot,
-      consumers=tiling.consumers, turn=turn[0] if turn else None,
       sticks=sticks, prefixes=prefixes, visited=visited, plain_from=plain_from,
       tile=query_tile,
       segments=(q_segments, k_segments), sizes=sizes, scale=scale, wanted=wanted,
@@ -473,8 +453,6 @@ class _KeyConsumer:
   head: jax.Array
   first: jax.Array  # Tile of 64 queries.
   per_slot: jax.Array  # Tiles of each query slot.
-  consumers: int
-  turn: Ref  # None: there is one consumer.
   sticks: Ref
   prefixes: Ref
   visited: Ref
@@ -488,7 +466,6 @@ class _KeyConsumer:
   def run(self, *accs: Ref) -> list[jax.Array]:
     """Return the halves [64, 64] of dK, then of dV, where wanted."""
     num_slots = self.sizes.num_heads // self.sizes.num_kv_heads
-    Turns.prepare(self.turn, self.index)
     if num_slots == 1:
       self._slot(accs, jnp.int32(0), None)
     else:
@@ -502,29 +479,20 @@ class _KeyConsumer:
     ahead = query_slot * self.per_slot - self.first  # Of steps over tiles.
     end = self.first + self.per_slot
     # Queries left of the diagonal of these keys belong to another warpgroup's.
-    start = self._start(self.unit)
-    shared = self._start(self.unit - self.index + (self.consumers - 1))
+    start = lax.div(self.unit * KEYS - self.sizes.history, jnp.int32(ROWS))
+    start = lax.clamp(self.first, start, end)
 
     def pass_on(part: jax.Array, _: None) -> None:
       plgpu.barrier_wait(self.full.at[self._ring_slot(part + ahead)])
       self._release(part + ahead)
 
     lax.fori_loop(self.first, start, pass_on, None)
-    turns = Turns(self.turn, self.index, shared, end)
-    turns.before(start)
-    step = functools.partial(self._step, accs, turns, head, ahead, start)
-    lax.fori_loop(start, end, step, None)
+    lax.fori_loop(start, end, functools.partial(self._step, accs, head, ahead, start), None)
     plgpu.wgmma_wait(0)
-    turns.after(end)
 
     @pl.when(start < end)
     def release() -> None:
       self._release(end - 1 + ahead)
-
-  def _start(self, unit: jax.Array) -> jax.Array:
-    """Return the first tile of queries that is not left of the diagonal of a unit of keys."""
-    start = lax.div(unit * KEYS - self.sizes.history, jnp.int32(ROWS))
-    return lax.clamp(self.first, start, self.first + self.per_slot)
 
   def _ring_slot(self, step: jax.Array) -> jax.Array:
     return lax.rem(step, jnp.int32(self.q.shape[0]))
@@ -535,7 +503,6 @@ class _KeyConsumer:
   def _step(
     self,
     accs: tuple[Ref, ...],
-    turns: Turns,
     head: jax.Array,
     ahead: jax.Array,
     start: jax.Array,
@@ -563,7 +530,6 @@ class _KeyConsumer:
 
     shape = ACC((ROWS, KEYS), jnp.float32)
     s, *d_weights = pl.run_scoped(products, shape, *[shape] * ("k" in self.wanted))
-    turns.multiplied(part)
 
     # The products of the step before are complete as well.
     @pl.when(part > start)
@@ -584,7 +550,6 @@ class _KeyConsumer:
     for name, square in zip(self.wanted, squares, strict=True):
       square[...] = found[name].astype(self.sizes.dtype)
     plgpu.commit_smem()
-    turns.multiply(part)
     for i, (name, square) in enumerate(zip(self.wanted, squares, strict=True)):
       rows = self.q if name == "k" else self.d_out
       for half in range(halves):

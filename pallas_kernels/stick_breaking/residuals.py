@@ -14,6 +14,4 @@ def named(residuals: Any) -> Any:
   The barrier keeps XLA from writing a kernel's result straight into a scan's stack of residuals:
   where the result is used beside that, it would run the kernel twice.
   """
-  return jax.tree.map(
-    lambda x: checkpoint_name(jax.lax.optimization_barrier(x), SAVED), residuals
-  )
+  return jax.tree.map(lambda x: checkpoint_name(jax.lax.optimization_barrier(x), SAVED), residuals)
