@@ -253,7 +253,9 @@ def _project_in(
     products = _Products(plan, index, layout)
     return products.slots(products.matmul(products.token_rows(x_TD), w_full), q_SF)
 
-  q_SF = checkpoint_name(_rounds(plan, run(jnp.int32(0), None), run), SAVED_QUERY)
+  # The barrier: what is saved is a copy, or XLA would gather the rows once more to save them.
+  q_SF = jax.lax.optimization_barrier(_rounds(plan, run(jnp.int32(0), None), run))
+  q_SF = checkpoint_name(q_SF, SAVED_QUERY)
   return q_SF, (x_TD, w, plan)
 
 

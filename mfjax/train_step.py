@@ -27,8 +27,8 @@ State = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
 
-# By platform. A GPU's compiler would fill the stacks that the scans over layers write whole (what the
-# backward pass needs, the experts' gradients) with zeros first: 16 GB a step of MoLM-350M-4B.
+# By platform. A GPU's compiler would first fill with zeros the stacks that the scans over layers
+# write whole (what the backward pass needs, the experts' gradients): 16 GB a step of MoLM-350M-4B.
 _COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
   "gpu": {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True},
 }
