@@ -210,6 +210,8 @@ def candidates(
     for panel in (first.panel, 4, 8, 11, 16, 22, 32, tiles_n):
       if tiles_n % panel == 0 and panel % cluster == 0:
         found.append(dataclasses.replace(first, cluster=cluster, panel=panel))
+  # The first one has as many slots as fit; fewer keep fewer copies in flight.
+  found += [dataclasses.replace(first, stages=first.stages - fewer) for fewer in (1, 2)]
   return tuple(dict.fromkeys(found))
 
 

@@ -177,7 +177,9 @@ def test_every_candidate_covers_the_result_and_fits_shared_memory(k, n):
     if operation == "outer" and k % 128:
       continue
     for alignment in (64, 128):
-      for tiling in gpu.candidates(operation, jnp.bfloat16, (4096, k, n, 8), alignment):
+      tilings = gpu.candidates(operation, jnp.bfloat16, (4096, k, n, 8), alignment)
+      assert len({tiling.stages for tiling in tilings}) == 3
+      for tiling in tilings:
         tiles_n = n // tiling.tile_n
         assert tiles_n % tiling.panel == 0 == tiling.panel % tiling.cluster
         ring = tiling.stages * gpu_pipeline.STEP * 2 * (tiling.tile_m + tiling.tile_n)
