@@ -44,7 +44,7 @@ def sample(
     raise ValueError("the prompt has no token: begin with end-of-text")
   how = dataclasses.replace(execution(config), remat=Remat.NONE)
   # Rows are sharded over all devices: each device continues a copy of the prompt.
-  rows = np.tile(np.asarray(prompt, np.int32), (mesh.size, 1))
+  rows = np.tile(np.asarray(prompt, np.int32), (len(mesh.local_devices), 1))
 
   def choose(params: Any, hidden: jax.Array, key: jax.Array) -> jax.Array:
     logits = model.logits(params, config.model, hidden[:, -1:])[:, 0]

@@ -14,7 +14,7 @@ from mfjax.data.index import VALIDATION, DataIndex
 from mfjax.data.pipeline import evaluation_batches, evaluation_bytes
 from mfjax.data.tokenizer import Tokenizer
 from mfjax.metrics import bits_per_byte, byte_entropy
-from mfjax.sharding import device_batch
+from mfjax.sharding import device_batch, process_rows
 
 PROMPT_TOKENS = 64
 TEMPERATURE = 0.8
@@ -60,8 +60,7 @@ def evaluate_domains(
       rows=rows,
       sequence_length=sequence_length,
       max_tokens=max_tokens,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      own_rows=process_rows(mesh, rows),
     )
     nats, tokens = 0.0, 0
     wanted = ({k: rows for k, rows in batch.items() if k != "domain_ids"} for batch in batches)

@@ -112,7 +112,34 @@ def gathered(weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   return jax.sharding.reshard(weight, P(*(None,) * weight.ndim))
 
 
+def process_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+  """Return which rows of a global batch this process's devices hold: int [n], ascending."""
+  slices = _row_slices(mesh, num_rows)
+  return np.unique(np.concatenate([np.arange(num_rows)[part] for part in slices.values()]))
+
+
 def device_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Put this process's rows of a global batch [rows, T] on its devices, sharded by row."""
+  """Put this process's rows [rows, T] of a global batch on its devices, sharded by row.
+
+  The rows are those of `process_rows`, in their order; each process holds equally many.
+  """
   sharding = NamedSharding(mesh, BATCH)
-  return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+  def place(rows: np.ndarray) -> jax.Array:
+    num_rows = rows.shape[0] * mesh.size // len(mesh.local_devices)
+    own = process_rows(mesh, num_rows)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(num_rows)
+      first = np.searchsorted(own, start)
+      return rows[first : first + stop - start]
+
+    return jax.make_array_from_callback((num_rows, *rows.shape[1:]), sharding, part)
+
+  return {name: place(rows) for name, rows in batch.items()}
+
+
+def _row_slices(mesh: Mesh, num_rows: int) -> dict[jax.Device, slice]:
+  """Return the part of a batch's rows on each device of this process."""
+  indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((num_rows,))
+  return {device: index[0] for device, index in indices.items() if index is not None}

@@ -102,8 +102,7 @@ def train(
       index,
       config.data,
       seed=config.train.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      own_rows=sharding.process_rows(mesh, config.data.batch_rows),
       state=start.data_state or None,
     )
     stack.enter_context(contextlib.closing(stream))

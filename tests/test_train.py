@@ -54,7 +54,7 @@ class FakeStream:
   bad: frozenset[int] = frozenset()
   length = 1000
 
-  def __init__(self, index, config, *, seed, process_index, process_count, state):
+  def __init__(self, index, config, *, seed, own_rows, state):
     self.position = state["position"] if state else 0
     self.closed = False
 

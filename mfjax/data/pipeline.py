@@ -7,7 +7,7 @@ token is predicted from end-of-text, and end-of-text from its last.
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -60,44 +60,42 @@ def load(reader: DocumentReader, layout: packing.Layout) -> _Loaded:
   return _Loaded(layout, first[which] + layout.pieces.start, text)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
-  """The rows of each global batch that this process owns."""
+class _OwnRows:
+  """The rows of each global batch of `batch_rows` that this process assembles, in their order."""
 
-  batch_rows: int
-  first: int
-  rows: int
+  def __init__(self, batch_rows: int, own_rows: Sequence[int] | None):
+    """Take all rows, or `own_rows`: ascending places in the global batch.
 
-  @classmethod
-  def of(cls, batch_rows: int, process_index: int, process_count: int) -> "_Block":
-    if batch_rows % process_count:
-      works = -(-batch_rows // process_count) * process_count
-      raise ValueError(
-        f"batch_rows={batch_rows} is not divisible by the {process_count} processes: "
-        f"batch_rows={works} works"
-      )
-    rows = batch_rows // process_count
-    return cls(batch_rows, process_index * rows, rows)
+    Raises:
+      ValueError: one of them lies outside the batch.
+    """
+    own = np.arange(batch_rows) if own_rows is None else np.asarray(own_rows)
+    if own.size and not 0 <= own.min() <= own.max() < batch_rows:
+      raise ValueError(f"own rows {own.min()} to {own.max()} lie outside batch_rows={batch_rows}")
+    self.batch_rows, self.num_own = batch_rows, own.size
+    self._place = np.full(batch_rows, -1)  # Of a global row among the own ones.
+    self._place[own] = np.arange(own.size)
 
-  def own(self, layout: packing.Layout, phase: int) -> tuple[packing.Layout, np.ndarray]:
+  def select(self, layout: packing.Layout, phase: int) -> tuple[packing.Layout, np.ndarray]:
     """Return the own pieces of rows that continue a batch of `phase` rows, and their batch.
 
     Rows before the first batch (negative phase) belong to no one.
     """
-    number, slot = np.divmod(layout.row + phase, self.batch_rows)
-    own = (number >= 0) & (slot >= self.first) & (slot < self.first + self.rows)
-    placed = dataclasses.replace(layout, row=slot - self.first)
-    return placed[own], number[own]
+    number, row = np.divmod(layout.row + phase, self.batch_rows)
+    place = self._place[row]
+    own = (number >= 0) & (place >= 0)
+    return dataclasses.replace(layout, row=place)[own], number[own]
 
 
 class _BatchIterator(grain.DatasetIterator):  # type: ignore[misc]  # Grain has no types.
   """Goes through windows and cuts them into batches; its state names the next batch's first row."""
 
   def __init__(
-    self, planner: Planner, reader: DocumentReader, block: _Block, length: int, start: Position
+    self, planner: Planner, reader: DocumentReader, own_rows: _OwnRows, length: int, start: Position
   ):
     super().__init__()
-    self._planner, self._reader, self._block, self._length = planner, reader, block, length
+    self._planner, self._reader, self._length = planner, reader, length
+    self._own_rows = own_rows
     self._enter(start)
 
   def _enter(self, position: Position) -> None:
@@ -114,18 +112,19 @@ class _BatchIterator(grain.DatasetIterator):  # type: ignore[misc]  # Grain has 
       raise StopIteration
     layout, self._end = window
     self._num_rows, self._row, self._phase = layout.num_rows, row, filled - row
-    own, self._batch_of_piece = self._block.own(layout, self._phase)
+    own, self._batch_of_piece = self._own_rows.select(layout, self._phase)
     self._loaded = load(self._reader, own)
 
   def __next__(self) -> tuple[Batch, dict[str, Any]]:
-    batch, filled = empty_batch(self._block.rows, self._length), 0
-    while filled < self._block.batch_rows:
+    batch, filled = empty_batch(self._own_rows.num_own, self._length), 0
+    batch_rows = self._own_rows.batch_rows
+    while filled < batch_rows:
       if self._num_rows == 0 or self._row == self._num_rows:
         self._load_window(filled)
-      number = (self._phase + self._row) // self._block.batch_rows
+      number = (self._phase + self._row) // batch_rows
       first, last = np.searchsorted(self._batch_of_piece, [number, number + 1])
       self._loaded.fill(batch, int(first), int(last))
-      rows = min(self._block.batch_rows - filled, self._num_rows - self._row)
+      rows = min(batch_rows - filled, self._num_rows - self._row)
       self._row += rows
       filled += rows
     return batch, self.get_state()
@@ -155,9 +154,9 @@ class TrainStream:
   """Iterates over (batch, state): this process's rows, and what resumes after them.
 
   Rows of the global batch n are rows n * batch_rows and following of one endless (or, with
-  on_end=STOP, finite) stream; process p owns the p-th contiguous block of each batch. Every process
-  plans all rows and reads only its own. With STOP every process ends at the same batch; rows that
-  fill no whole batch are left out.
+  on_end=STOP, finite) stream; a process owns the rows that its devices hold
+  (`sharding.process_rows`). Every process plans all rows and reads only its own. With STOP every
+  process ends at the same batch; rows that fill no whole batch are left out.
   """
 
   def __init__(
@@ -166,21 +165,23 @@ class TrainStream:
     config: DataConfig,
     *,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    own_rows: Sequence[int] | None = None,
     state: Mapping[str, Any] | None = None,
   ):
     """Start at the beginning, or after the batch whose state is given.
 
+    Args:
+      own_rows: this process's rows of a batch, ascending; default: all of them.
+
     Raises:
-      ValueError: the mixture names an unknown domain, batch_rows cannot be shared out among the
-        processes, or the state belongs to other data or options.
+      ValueError: the mixture names an unknown domain, own rows lie outside the batch, or the state
+        belongs to other data or options.
     """
     planner = Planner(index, config, seed)
-    block = _Block.of(config.batch_rows, process_index, process_count)
+    own = _OwnRows(config.batch_rows, own_rows)
     reader = DocumentReader(index, TRAIN, planner.domains)
     start = planner.start() if state is None else planner.from_state(state)
-    batches = _Batches(planner, reader, block, config.sequence_length, start)
+    batches = _Batches(planner, reader, own, config.sequence_length, start)
     prefetched = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch_batches)
     self._open = [iter(prefetched)]
     # Grain's iterator closes itself when it is dropped, but fails to once Python has shut down.
@@ -222,28 +223,27 @@ def evaluation_batches(
   rows: int,
   sequence_length: int,
   max_tokens: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  own_rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-  """Yield this process's rows of packed batches of `rows` rows; the last one ends in padding.
+  """Yield `own_rows` (default: all) of packed batches of `rows` rows; the last ends in padding.
 
   The documents are always the same: whole ones, of at most `max_tokens` predictions in all (0: all
   documents).
 
   Raises:
-    ValueError: the domain is unknown or has nothing in this split, or `rows` cannot be shared out.
+    ValueError: the domain is unknown or has nothing in this split, or own rows lie outside.
   """
-  block = _Block.of(rows, process_index, process_count)
+  process = _OwnRows(rows, own_rows)
   documents = _evaluated_documents(index, domain, split, max_tokens)
   lengths = index.lengths(domain, split)[documents, 0].astype(np.int64) + 1
   number = np.full_like(documents, index.domain_names.index(domain))
   pieces = packing.Pieces(documents, number, np.zeros_like(documents), lengths)
   layout = packing.pack(pieces, sequence_length)
-  own, batch_of_piece = block.own(layout, 0)
+  own, batch_of_piece = process.select(layout, 0)
   reader = DocumentReader(index, split, [domain])
   for batch_number in range(-(-layout.num_rows // rows)):
     first, last = np.searchsorted(batch_of_piece, [batch_number, batch_number + 1])
-    batch = empty_batch(block.rows, sequence_length)
+    batch = empty_batch(process.num_own, sequence_length)
     load(reader, own[first:last]).fill(batch, 0, int(last - first))
     yield batch
 

@@ -27,6 +27,11 @@ def take(index, config, count=None, **kwargs):
   return found
 
 
+def block(process, processes):
+  """Return the rows of a batch of 8 on one of several processes, each with a contiguous block."""
+  return range(process * 8 // processes, (process + 1) * 8 // processes)
+
+
 def assert_same(one, other):
   assert len(one) == len(other)
   for a, b in zip(one, other, strict=True):
@@ -116,10 +121,7 @@ def test_concatenated_rows_are_full_single_segments(two_domains):
 def test_global_batches_do_not_depend_on_the_number_of_processes(two_domains, config, processes):
   config = dataclasses.replace(config, mixture=EVEN)
   alone = take(two_domains, config, 30)
-  shards = [
-    take(two_domains, config, 30, process_index=i, process_count=processes)
-    for i in range(processes)
-  ]
+  shards = [take(two_domains, config, 30, own_rows=block(i, processes)) for i in range(processes)]
   together = [
     {name: np.concatenate([batch[name] for batch, _ in parts]) for name in alone[0][0]}
     for parts in zip(*shards, strict=True)
@@ -127,6 +129,14 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(two_domains, co
   assert_same(together, [batch for batch, _ in alone])
   for shard in shards:
     assert [state for _, state in shard] == [state for _, state in alone]
+
+
+def test_own_rows_need_not_be_neighbours(two_domains):
+  """A pod's mesh may give a process rows that are far apart."""
+  alone = take(two_domains, PACK, 10)
+  for own in ([0, 1, 6, 7], [2, 3, 4, 5]):
+    some = take(two_domains, PACK, 10, own_rows=own)
+    assert_same([b for b, _ in some], [{k: x[own] for k, x in b.items()} for b, _ in alone])
 
 
 def test_order_does_not_depend_on_prefetch_or_batch_rows(two_domains):
@@ -182,8 +192,7 @@ def test_resuming_on_other_process_counts(two_domains):
         PACK,
         10,
         state=whole[9][1],
-        process_index=i,
-        process_count=processes,
+        own_rows=block(i, processes),
       )
       for i in range(processes)
     ]
@@ -234,7 +243,7 @@ def test_mixture_shares_hold(two_domains, config, share):
 
 def test_stop_ends_everywhere_at_the_same_batch(two_domains):
   config = dataclasses.replace(PACK, on_end=DataEnd.STOP)
-  lengths = {len(take(two_domains, config, process_index=i, process_count=4)) for i in range(4)}
+  lengths = {len(take(two_domains, config, own_rows=block(i, 4))) for i in range(4)}
   assert len(lengths) == 1
   assert lengths.pop() > 10
   stream = TrainStream(two_domains, config, seed=0)
@@ -269,8 +278,8 @@ def test_impossible_streams_are_refused(two_domains):
   config = dataclasses.replace(PACK, mixture=(("pose", 1.0),))
   with pytest.raises(ValueError, match="unknown domain 'pose': did you mean 'prose'"):
     TrainStream(two_domains, config, seed=0)
-  with pytest.raises(ValueError, match="batch_rows=8 is not divisible by the 3 processes.*9 works"):
-    TrainStream(two_domains, PACK, seed=0, process_count=3)
+  with pytest.raises(ValueError, match="own rows 2 to 8 lie outside batch_rows=8"):
+    TrainStream(two_domains, PACK, seed=0, own_rows=[2, 8])
 
 
 def test_a_closed_stream_says_so(two_domains):
@@ -288,8 +297,7 @@ def evaluate(index, processes=1, **kwargs):
         "code",
         rows=8,
         sequence_length=LENGTH,
-        process_index=i,
-        process_count=processes,
+        own_rows=block(i, processes),
         **kwargs,
       )
     )
