@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -46,6 +46,7 @@ _STACKED = "blocks"  # The sub-tree whose leaves lead with the layers dimension.
 _CHUNK_BYTES = CHUNK_BYTES
 _PARTIAL = ocp.utils.TMP_DIR_SUFFIX
 _REPLACED = ".replaced"
+_BARRIER_SECONDS = 600  # A process that waits this long for the others' digests gives up.
 _WRITING_THREADS = 4  # Of a `BlockArray`'s blocks.
 
 _Result = TypeVar("_Result")
@@ -84,8 +85,9 @@ class Opened:
 class Checkpointer:
   """Writes and reads the steps of one workdir.
 
-  Every process of a run calls every method at the same step; process 0 alone writes digests and
-  JSON, deletes, and decides which step is good. Methods are called from one thread.
+  Every process of a run calls every method at the same step, on storage that all of them see. Each
+  measures and checks its share of the files; process 0 alone makes room and deletes; all take the
+  same step for good. Methods are called from one thread.
   """
 
   def __init__(
@@ -100,6 +102,7 @@ class Checkpointer:
     self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: concurrent.futures.Future[int] | None = None
     self._newest: int | None = None  # The step that this run last restored or saved.
+    self._num_saves = 0  # Begun here: the same on every process, so it names a save to all.
     self.blocked_seconds = 0.0  # How long the last `save` kept its caller.
 
   def latest_steps(self) -> list[int]:
@@ -132,8 +135,6 @@ class Checkpointer:
       return False
     begin = time.perf_counter()
     self.wait()
-    if step == self._newest:
-      return False
     arrays = {name: state[name] for name in _ARRAY_ITEMS if name in state}
     scalars = {k: jax.device_get(v).item() for k, v in state.items() if k not in _ARRAY_ITEMS}
     items: dict[str, Any] = {
@@ -144,15 +145,13 @@ class Checkpointer:
     )
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
     try:
-      if jax.process_index() == 0:  # Orbax's barrier at the start of a save orders the others.
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._delete_partial()
-        self._check_space(num_bytes)
-        self._set_aside(step)
+      if not self._make_room(step, num_bytes):
+        return False
+      self._num_saves += 1
       self._orbax.save(self._path(step), args=ocp.args.Composite(**items))
     except Exception as error:
       raise self._save_error(step, num_bytes, error) from error
-    self._pending = self._background.submit(self._finish, step, num_bytes)
+    self._pending = self._background.submit(self._finish, step, num_bytes, self._num_saves)
     self.blocked_seconds = time.perf_counter() - begin
     return True
 
@@ -241,12 +240,36 @@ class Checkpointer:
   def _path(self, step: int) -> epath.Path:
     return self._directory / str(step)
 
-  def _finish(self, step: int, num_bytes: int) -> int:
+  def _make_room(self, step: int, num_bytes: int) -> bool:
+    """Return whether `step` is to be saved, and clear its place; process 0 decides for all.
+
+    Raises:
+      OSError: there is no room, or no place to write.
+    """
+    failure: Exception | None = None
+    due = step != self._newest
+    if due and jax.process_index() == 0:
+      try:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._delete_partial()
+        self._check_space(num_bytes)
+        self._set_aside(step)
+      except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+      verdict = np.array([due, failure is not None])
+      due, failed = multihost_utils.broadcast_one_to_all(verdict).tolist()
+      if failed and failure is None:
+        raise OSError("process 0 could not begin it, its log says why")
+    if failure is not None:
+      raise failure
+    return due
+
+  def _finish(self, step: int, num_bytes: int, save: int) -> int:
     """Commit `step`, write its digests, delete what is due; runs in the background."""
     try:
       self._orbax.wait_until_finished()
-      if jax.process_index() == 0:
-        digests.write(self._path(step))
+      self._write_digests(step, save)
     except Exception as error:
       if jax.process_index() == 0:
         _remove(self._path(step))
@@ -254,6 +277,22 @@ class Checkpointer:
     if jax.process_index() == 0:
       self._delete_old(step)
     return step
+
+  def _write_digests(self, step: int, save: int) -> None:
+    """Write the digests of a committed step, each process those of its share of the files."""
+    path, num_processes = self._path(step), jax.process_count()
+    if num_processes == 1:
+      digests.write(path)
+      return
+    barrier = ocp.multihost.get_barrier_sync_fn()  # Of the coordinator: fit for a thread.
+    timeout_ms = 1000 * _BARRIER_SECONDS
+    barrier(key=f"mfjax committed {save}", timeout_ms=timeout_ms)
+    try:
+      digests.write_part(path, jax.process_index(), num_processes)
+    finally:
+      barrier(key=f"mfjax measured {save}", timeout_ms=timeout_ms)
+    if jax.process_index() == 0:
+      digests.merge_parts(path, num_processes)
 
   def _save_error(self, step: int, num_bytes: int, error: Exception) -> CheckpointSaveError:
     """Remove what a failed save left unfinished and return what to tell the user."""
@@ -317,10 +356,10 @@ class Checkpointer:
     self.wait()
     for path in self._directory.glob(f"*{_PARTIAL}"):
       _LOG.warning("%s was never completed: passed over", path)
-    if step is None and not self.latest_steps():
+    if step is None and not self._steps():
       return None
     rejected: list[str] = []
-    for candidate, verified in _agree(self._candidates(items, step, rejected)):
+    for candidate, verified in self._candidates(items, step, rejected):
       try:
         return read(candidate)
       except (ValueError, TypeError, KeyError, OSError) as error:
@@ -341,14 +380,13 @@ class Checkpointer:
   ) -> Iterator[tuple[int, bool]]:
     """Yield (step, whether it is verified), best first; append what is wrong with the others."""
     unverified = []
-    for step in self.latest_steps():
-      path = self._path(step)
+    for step, complete in self._steps().items():
       if only not in (None, step):
         continue
-      if not digests.exist(path):
+      if not complete:
         unverified.append(step)
         _LOG.warning("step %d in %s is unverified: it has no digests", step, self._directory)
-      elif problems := digests.find_problems(path, (*items, _RUN_ITEM)):
+      elif problems := self._find_problems(step, (*items, _RUN_ITEM)):
         named = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" * (len(problems) > 3))
         rejected.append(f"step {step} in {self._directory} is corrupt: {named}")
         _LOG.warning("%s: passed over", rejected[-1])
@@ -357,6 +395,18 @@ class Checkpointer:
     for step in unverified:
       _LOG.warning("no verified step is left: trying step %d, which nothing verifies", step)
       yield step, False
+
+  def _steps(self) -> dict[int, bool]:
+    """Return whether each step on disk is complete, newest first, as process 0 sees them."""
+    found = {step: digests.exist(self._path(step)) for step in self.latest_steps()}
+    texts = _all_gather(json.dumps(list(found.items())))
+    return dict(json.loads(texts[0]))
+
+  def _find_problems(self, step: int, items: Sequence[str]) -> list[str]:
+    """Return what is wrong with the files of a step; each process looks at its share."""
+    share = jax.process_index(), jax.process_count()
+    texts = _all_gather(json.dumps(digests.find_problems(self._path(step), items, *share)))
+    return list(dict.fromkeys(problem for text in texts for problem in json.loads(text)))
 
   def _read_step(
     self, step: int, abstract: Mapping[str, Any]
@@ -473,17 +523,16 @@ def _place(value: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
   return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: array[index])
 
 
-def _agree(candidates: Iterator[tuple[int, bool]]) -> Iterator[tuple[int, bool]]:
-  """Yield process 0's candidates on every process; only process 0 looks at the files."""
+def _all_gather(text: str) -> list[str]:
+  """Return every process's text, on every process, by rank."""
   if jax.process_count() == 1:
-    yield from candidates
-    return
-  while True:
-    mine = next(candidates, (-1, False)) if jax.process_index() == 0 else (-1, False)
-    step, verified = multihost_utils.broadcast_one_to_all(np.array(mine))
-    if step < 0:
-      return
-    yield int(step), bool(verified)
+    return [text]
+  mine = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(mine.size)).tolist()
+  padded = np.zeros(max(sizes), np.uint8)
+  padded[: mine.size] = mine
+  rows = multihost_utils.process_allgather(padded)
+  return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _reason(error: BaseException) -> str:

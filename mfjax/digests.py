@@ -10,12 +10,13 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from etils import epath
 
 FILE_NAME = "digests.json"
+_PART_NAME = "digests.part-{}.json"  # What one of several processes measured.
 
 _ALGORITHM = "sha256"
 _THREADS = 8  # hashlib releases the GIL; memory stays at one 256 KiB buffer a thread.
@@ -27,8 +28,12 @@ _Result = TypeVar("_Result")
 def replace_text(path: epath.Path, text: str) -> None:
   """Write `text` to `path` such that a reader sees the old content or all of the new.
 
-  On a local disk that holds after a power cut too, and the new content is there to stay.
+  On a local disk that holds after a power cut too, and the new content is there to stay. An object
+  store shows an object only when it is whole.
   """
+  if "://" in str(path):
+    path.write_text(text)
+    return
   pending = path.with_name(path.name + _PENDING_SUFFIX)
   pending.write_text(text)
   sync(pending)
@@ -66,16 +71,55 @@ def write(directory: epath.Path) -> None:
   Raises:
     OSError: a file cannot be read, or the digests not written (full disk).
   """
-  files = dict(
-    _in_threads(lambda name: (name, _measure(directory / name)), sorted(_names(directory)))
-  )
+  _write_record(directory, _measure_all(directory, 0, 1))
+
+
+def write_part(directory: epath.Path, process: int, num_processes: int) -> None:
+  """Write the digests of one process's share of the files; `merge_parts` makes them one record.
+
+  Raises:
+    OSError: a file cannot be read, or the part not written (full disk).
+  """
+  files = _measure_all(directory, process, num_processes)
+  replace_text(directory / _PART_NAME.format(process), json.dumps(files))
+
+
+def merge_parts(directory: epath.Path, num_processes: int) -> None:
+  """Write as `write` does what every process's `write_part` measured, and delete the parts.
+
+  Raises:
+    OSError: a part is missing, or the digests cannot be written (full disk).
+  """
+  parts = [directory / _PART_NAME.format(process) for process in range(num_processes)]
+  files: dict[str, tuple[int, str]] = {}
+  for part in parts:
+    files |= json.loads(part.read_text())
+  for part in parts:
+    part.unlink()
+  _write_record(directory, dict(sorted(files.items())))
+
+
+def _measure_all(
+  directory: epath.Path, process: int, num_processes: int
+) -> dict[str, tuple[int, str]]:
+  names = sorted(_names(directory))[process::num_processes]
+  return dict(_in_threads(lambda name: (name, _measure(directory / name)), names))
+
+
+def _write_record(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> None:
   replace_text(directory / FILE_NAME, json.dumps({"algorithm": _ALGORITHM, "files": files}))
 
 
-def find_problems(directory: epath.Path, parts: Iterable[str] | None = None) -> list[str]:
+def find_problems(
+  directory: epath.Path,
+  parts: Iterable[str] | None = None,
+  process: int = 0,
+  num_processes: int = 1,
+) -> list[str]:
   """Return one phrase for each file that is not as it was when the digests were written.
 
-  `parts` limits the check to these sub-directories and the files beside them.
+  `parts` limits the check to these sub-directories and the files beside them; one of several
+  processes checks its share of them.
   """
   try:
     recorded = json.loads((directory / FILE_NAME).read_text())
@@ -87,7 +131,8 @@ def find_problems(directory: epath.Path, parts: Iterable[str] | None = None) -> 
   if parts is not None:
     wanted = set(parts)
     files = {n: f for n, f in files.items() if "/" not in n or n.partition("/")[0] in wanted}
-  problems = _in_threads(lambda name: _problem(directory / name, name, *files[name]), sorted(files))
+  names = sorted(files)[process::num_processes]
+  problems = _in_threads(lambda name: _problem(directory / name, name, *files[name]), names)
   return [problem for problem in problems if problem]
 
 
@@ -96,7 +141,7 @@ def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
   for path in directory.iterdir():
     if path.is_dir():
       yield from _names(path, f"{prefix}{path.name}/")
-    elif prefix + path.name not in (FILE_NAME, FILE_NAME + _PENDING_SUFFIX):
+    elif prefix or not path.name.startswith("digests."):
       yield prefix + path.name
 
 

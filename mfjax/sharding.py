@@ -129,7 +129,8 @@ def device_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.A
     num_rows = rows.shape[0] * mesh.size // len(mesh.local_devices)
     own = process_rows(mesh, num_rows)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
       start, stop, _ = index[0].indices(num_rows)
       first = np.searchsorted(own, start)
       return rows[first : first + stop - start]

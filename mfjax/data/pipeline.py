@@ -63,7 +63,7 @@ def load(reader: DocumentReader, layout: packing.Layout) -> _Loaded:
 class _OwnRows:
   """The rows of each global batch of `batch_rows` that this process assembles, in their order."""
 
-  def __init__(self, batch_rows: int, own_rows: Sequence[int] | None):
+  def __init__(self, batch_rows: int, own_rows: Sequence[int] | np.ndarray | None):
     """Take all rows, or `own_rows`: ascending places in the global batch.
 
     Raises:
@@ -165,7 +165,7 @@ class TrainStream:
     config: DataConfig,
     *,
     seed: int,
-    own_rows: Sequence[int] | None = None,
+    own_rows: Sequence[int] | np.ndarray | None = None,
     state: Mapping[str, Any] | None = None,
   ):
     """Start at the beginning, or after the batch whose state is given.
@@ -223,7 +223,7 @@ def evaluation_batches(
   rows: int,
   sequence_length: int,
   max_tokens: int = 0,
-  own_rows: Sequence[int] | None = None,
+  own_rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Yield `own_rows` (default: all) of packed batches of `rows` rows; the last ends in padding.
 
