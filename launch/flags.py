@@ -19,6 +19,7 @@ from absl import flags
 import configs
 from mfjax.config import RunConfig
 from mfjax.schema import flatten, unknown_name
+from mfjax.storage import check_access
 
 _CONFIG = flags.DEFINE_string(
   "config", None, "The run: a Python file with get_config(), or a name in configs/ (quickstart)."
@@ -46,10 +47,11 @@ def workdir() -> str:
   """Return the run's directory.
 
   Raises:
-    ValueError: the flag is missing.
+    ValueError: the flag is missing, or its bucket cannot be reached.
   """
   if not _WORKDIR.value:
     raise ValueError("--workdir is missing: give the run a directory, such as --workdir=runs/first")
+  check_access(_WORKDIR.value, "--workdir")
   return _WORKDIR.value
 
 

@@ -22,6 +22,7 @@ from absl import app, flags, logging
 
 import launch
 from mfjax.schema import unknown_name
+from mfjax.storage import CLIENTS, GCS_OPTIONS
 
 FLAGS = flags.FLAGS
 USAGE_ERROR = 2
@@ -62,6 +63,7 @@ def _dispatch(args: list[str]) -> int:
   name = args[0].replace("-", "_")
   if name not in commands():
     return _fail("mfjax", unknown_name(args[0], commands(), "command"))
+  os.environ.setdefault("FSSPEC_GCS", GCS_OPTIONS)
   command = importlib.import_module(f"launch.{name}")
   program = f"mfjax {args[0]}"
   if _HELP.intersection(args[: args.index("--")] if "--" in args else args):
@@ -86,7 +88,10 @@ def _run(program: str, command: types.ModuleType, argv: list[str]) -> int:
     logging.debug("%s failed", program, exc_info=True)
     named = error.filename is not None and error.strerror is not None
     return _fail(program, f"{error.filename}: {error.strerror}" if named else str(error))
-  except (ValueError, NotImplementedError) as error:
+  except Exception as error:
+    bucket = type(error).__module__.partition(".")[0] in CLIENTS
+    if not bucket and not isinstance(error, ValueError | NotImplementedError):
+      raise
     logging.debug("%s failed", program, exc_info=True)
     return _fail(program, str(error))
 

@@ -35,6 +35,7 @@ from jax.experimental import multihost_utils
 
 from mfjax import digests, workdir
 from mfjax.config import CheckpointConfig, RunConfig
+from mfjax.storage import is_remote
 from mfjax.stored_arrays import CHUNK_BYTES, BlockArray, BlockArrayHandler, StoredArray, open_array
 
 _LOG = logging.getLogger(__name__)
@@ -318,7 +319,7 @@ class Checkpointer:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   def _free_bytes(self) -> int | None:
-    local = "://" not in str(self._directory) and self._directory.exists()
+    local = not is_remote(self._directory) and self._directory.exists()
     return shutil.disk_usage(self._directory).free if local else None
 
   def _set_aside(self, step: int) -> None:

@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from etils import epath
+
+from mfjax.storage import is_remote
 
 FILE_NAME = "digests.json"
 _PART_NAME = "digests.part-{}.json"  # What one of several processes measured.
@@ -31,7 +33,7 @@ def replace_text(path: epath.Path, text: str) -> None:
   On a local disk that holds after a power cut too, and the new content is there to stay. An object
   store shows an object only when it is whole.
   """
-  if "://" in str(path):
+  if is_remote(path):
     path.write_text(text)
     return
   pending = path.with_name(path.name + _PENDING_SUFFIX)
@@ -43,7 +45,7 @@ def replace_text(path: epath.Path, text: str) -> None:
 
 def sync(path: epath.Path) -> None:
   """Wait until a local file's content, or a directory's entries, are on the disk."""
-  if "://" in str(path):  # Object stores answer once the object is stored.
+  if is_remote(path):  # Object stores answer once the object is stored.
     return
   descriptor = os.open(path, os.O_RDONLY)
   try:
@@ -107,7 +109,13 @@ def _measure_all(
 
 
 def _write_record(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> None:
-  replace_text(directory / FILE_NAME, json.dumps({"algorithm": _ALGORITHM, "files": files}))
+  record = {"algorithm": _ALGORITHM, "files": files, "digest": _digest_of(files)}
+  replace_text(directory / FILE_NAME, json.dumps(record))
+
+
+def _digest_of(files: Mapping[str, Any]) -> str:
+  """Return the digest of the record itself: a flipped byte in it must not accuse another file."""
+  return hashlib.new(_ALGORITHM, json.dumps(files).encode()).hexdigest()
 
 
 def find_problems(
@@ -125,6 +133,8 @@ def find_problems(
     recorded = json.loads((directory / FILE_NAME).read_text())
     if recorded["algorithm"] != _ALGORITHM:
       return [f"{FILE_NAME} names the unknown algorithm {recorded['algorithm']!r}"]
+    if recorded["digest"] != _digest_of(recorded["files"]):
+      return [f"{FILE_NAME} differs from its digest"]
     files = {name: (int(size), str(digest)) for name, (size, digest) in recorded["files"].items()}
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     return [f"{FILE_NAME} is unreadable ({type(error).__name__})"]

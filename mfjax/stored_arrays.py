@@ -20,6 +20,7 @@ from etils import epath
 
 from mfjax.digests import sync_tree
 from mfjax.parallel import run_all
+from mfjax.storage import is_remote
 
 CHUNK_BYTES = 32 * 2**20  # Of a checkpoint's arrays, at most.
 
@@ -65,7 +66,7 @@ def open_array(directory: epath.Path, keys: Sequence[str]) -> StoredArray:
 
 def _kvstore(directory: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
   base = str(directory)
-  base = base if "://" in base else f"file://{base}"
+  base = base if is_remote(base) else f"file://{base}"
   return {"driver": "ocdbt", "base": f"{base}/", "path": f"{'.'.join(keys)}/"}
 
 
@@ -149,7 +150,7 @@ class BlockArrayHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  #
 
     run_all(tasks(), self._num_threads)
     directory = infos[0].parent_dir / _PROCESS
-    if "://" not in str(directory):
+    if not is_remote(directory):
       sync_tree(directory)
 
 

@@ -9,6 +9,7 @@ from etils import epath
 
 from mfjax import digests
 from mfjax.config import RunConfig, Schedule
+from mfjax.storage import is_remote
 
 _LOG = logging.getLogger(__name__)
 
@@ -114,4 +115,4 @@ def versions() -> dict[str, str]:
 def absolute(path: epath.PathLike) -> epath.Path:
   """Return `path` as TensorStore wants it: absolute if local, as it is if a URL."""
   path = epath.Path(path)
-  return path if "://" in str(path) else path.expanduser().resolve()
+  return path if is_remote(path) else path.expanduser().resolve()

@@ -5,6 +5,7 @@ A train record is what `metrics.Meter.record` returns. An evaluation record is
 """
 
 import contextlib
+import itertools
 import json
 import math
 import socket
@@ -22,8 +23,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
 from mfjax.config import TrainConfig
+from mfjax.storage import is_remote
 
 METRICS_FILE = "metrics.jsonl"
+_OBJECT_BYTES = 1 << 20  # Of metrics in one object of a bucket, about: each record writes it anew.
 _FLUSH_SECONDS = 10  # TensorBoard's files; on an object store each flush may upload them whole.
 
 
@@ -184,17 +187,29 @@ class JsonlWriter(Writer):
   def __init__(self, path: epath.Path, start_step: int):
     kept = [record for record in read_records(path) if record["step"] <= start_step]
     text = "".join(json.dumps(record) + "\n" for record in kept).encode()
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(text)
-    partial.replace(path)
     self._evaluated = {record["step"] for record in kept if "evaluation" in record}
-    self._path, self._size = path, len(text)
-    self._file = path.open("ab")
+    self._lines = _ObjectLines(path, text) if is_remote(path) else _FileLines(path, text)
 
   def log(self, record: Mapping[str, Any]) -> None:
     if "evaluation" in record and record["step"] in self._evaluated:
       return  # A finished run that is started again evaluates its last step again.
-    line = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
+    self._lines.append((json.dumps(_plain(record), allow_nan=False) + "\n").encode())
+
+  def close(self) -> None:
+    self._lines.close()
+
+
+class _FileLines:
+  """A local file of whole lines that begins as `text`."""
+
+  def __init__(self, path: epath.Path, text: bytes):
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(text)
+    partial.replace(path)
+    self._path, self._size = path, len(text)
+    self._file = path.open("ab")
+
+  def append(self, line: bytes) -> None:
     try:
       if self._file.closed:
         self._reopen()
@@ -223,6 +238,39 @@ class JsonlWriter(Writer):
       self._file.close()
 
 
+class _ObjectLines:
+  """Lines in a bucket, whose objects cannot be appended to: the last of several is written anew."""
+
+  def __init__(self, path: epath.Path, text: bytes):
+    self._path, self._part, self._text = path, 0, text
+    path.write_bytes(text)
+    for later in _later_parts(path):
+      later.unlink()
+
+  def append(self, line: bytes) -> None:
+    if len(self._text) > _OBJECT_BYTES:
+      self._part, self._text = self._part + 1, b""
+    text = self._text + line
+    part = _part(self._path, self._part) if self._part else self._path
+    part.write_bytes(text)
+    self._text = text
+
+  def close(self) -> None:
+    """Do nothing: every line was written."""
+
+
+def _part(path: epath.Path, number: int) -> epath.Path:
+  return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def _later_parts(path: epath.Path) -> list[epath.Path]:
+  """Return what follows `path` in a bucket: metrics.1.jsonl, metrics.2.jsonl, ..."""
+  if not is_remote(path):
+    return []
+  parts = (_part(path, number) for number in itertools.count(1))
+  return list(itertools.takewhile(lambda part: part.exists(), parts))
+
+
 def read_records(path: epath.Path) -> list[dict[str, Any]]:
   """Return the records of a metrics.jsonl without an unfinished last line; [] if there is none.
 
@@ -231,6 +279,13 @@ def read_records(path: epath.Path) -> list[dict[str, Any]]:
   """
   if not path.exists():
     return []
+  records: list[dict[str, Any]] = []
+  for part in (path, *_later_parts(path)):
+    records += _read_part(part)
+  return records
+
+
+def _read_part(path: epath.Path) -> list[dict[str, Any]]:
   records = []
   lines = path.read_bytes().splitlines(keepends=True)
   for number, line in enumerate(lines, start=1):

@@ -9,7 +9,9 @@ A record is one document: its token ids, little-endian, without end-of-text. Lay
 """
 
 import dataclasses
+import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -17,8 +19,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from mfjax.schema import coerce, unknown_name
+from mfjax.storage import check_access, is_remote
 
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -72,7 +76,7 @@ class Counts:
 class DataIndex:
   """Prepared data; `digest` names its content, whatever the directory or the machine."""
 
-  path: pathlib.Path
+  path: epath.Path
   digest: str
   vocab_size: int
   end_of_text: int
@@ -98,15 +102,26 @@ class DataIndex:
     return self.domains[domain][split]
 
   def lengths(self, domain: str, split: str) -> np.ndarray:
-    """Return uint32 [documents, 2]: tokens and UTF-8 bytes of each document, memory-mapped."""
+    """Return uint32 [documents, 2]: tokens and UTF-8 bytes of each document.
+
+    Memory-mapped on a local disk; read once from a bucket.
+    """
     name = self.split(domain, split).lengths
     try:
-      array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+      if is_remote(self.path):
+        array = _remote_array(str(self.path / name), self.digest)
+      else:
+        array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
       raise ValueError(f"{self.path / name} is damaged: prepare the data again") from error
     if array.shape != (self.split(domain, split).documents, 2):
       raise ValueError(f"{self.path / name} does not fit index.json: prepare the data again")
     return array
+
+
+@functools.lru_cache(maxsize=64)
+def _remote_array(path: str, _digest: str) -> np.ndarray:
+  return np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False)
 
 
 def content_digest(fields: Mapping[str, Any]) -> str:
@@ -147,7 +162,7 @@ def _split_from(fields: Any, name: str) -> Split:
   return Split(**values, byte_histogram=histogram, lengths=lengths, shards=shards)
 
 
-def _index_from(path: pathlib.Path, fields: Any) -> DataIndex:
+def _index_from(path: epath.Path, fields: Any) -> DataIndex:
   if fields["format"] != FORMAT:
     raise ValueError(f"format={fields['format']!r} is not {FORMAT!r}")
   if fields["version"] != VERSION:
@@ -177,8 +192,10 @@ def _index_from(path: pathlib.Path, fields: Any) -> DataIndex:
 _SPLITS = (TRAIN, VALIDATION)
 
 
-def open_index(path: str | os.PathLike[str]) -> DataIndex:
+def open_index(path: epath.PathLike) -> DataIndex:
   """Open prepared data and check what is cheap to check: versions, counts, files' sizes.
+
+  A `gs://` path is read through gcsfs and ArrayRecord.
 
   Raises:
     ValueError: the directory is missing, no prepared data, empty, or a file in it is missing,
@@ -186,14 +203,15 @@ def open_index(path: str | os.PathLike[str]) -> DataIndex:
   """
   if not os.fspath(path):
     raise ValueError("data.path is empty: give a directory that `mfjax prepare` wrote")
-  path = pathlib.Path(path)
+  check_access(path, "data.path")
+  path = epath.Path(path)
   if not path.is_dir():
     raise ValueError(
       f"data.path={str(path)!r} is no directory: run `mfjax prepare --out={path}` with --input "
       "or --corpus"
     )
   file = path / INDEX_NAME
-  if not file.is_file():
+  if not file.exists():
     raise ValueError(f"{path} holds no {INDEX_NAME}: it is not a directory `mfjax prepare` wrote")
   try:
     index = _index_from(path, json.loads(file.read_bytes()))
@@ -216,10 +234,11 @@ def _check_files(index: DataIndex) -> None:
       sizes[split.lengths] = 128 + 8 * split.documents
   for name, size in sizes.items():
     file = index.path / name
-    if not file.is_file():
-      raise ValueError(f"{file} is missing: prepare the data again")
-    if size is not None and file.stat().st_size != size:
-      found = file.stat().st_size
+    try:
+      found = file.stat().length
+    except FileNotFoundError:
+      raise ValueError(f"{file} is missing: prepare the data again") from None
+    if size is not None and found != size:
       raise ValueError(f"{file} is damaged: {found} bytes, not {size}: prepare the data again")
   if not any(splits[TRAIN].documents for splits in index.domains.values()):
     raise ValueError(f"{index.path} holds no document to train on: prepare more text")

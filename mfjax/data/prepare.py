@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
+from etils import epath
 
 from mfjax.data import chunks as chunks_lib
 from mfjax.data import index as data_index
@@ -31,9 +32,11 @@ from mfjax.data.index import TOKENIZER_NAME, TRAIN, VALIDATION, Counts, DataInde
 from mfjax.data.shards import ShardWriter, token_dtype
 from mfjax.data.stdlib_corpus import SPLIT_FIELD, write_stdlib_corpus
 from mfjax.data.tokenizer import BYTES, JsonTokenizer, train_bpe
+from mfjax.storage import check_access, is_remote
 
 _BPE_SAMPLE_BYTES = 256 << 20
 _BYTES_PER_PROCESS = 16 << 20
+_UPLOADING = "UPLOADING"  # In a bucket, while files are on their way.
 
 
 class Corpus(enum.Enum):
@@ -117,9 +120,10 @@ def prepare(
       something else, or no text remains to train on.
     OSError: a file cannot be read or written.
   """
-  out = pathlib.Path(options.out)
+  check_access(options.out, "out")
+  out = epath.Path(options.out)
   _check_output(out)
-  work = out.parent / f".{out.name}.partial"
+  work = _work_folder(out)
   (work / CHUNKS_FOLDER).mkdir(parents=True, exist_ok=True)
   try:
     files = _input_files(options, work, stdin or sys.stdin.buffer)
@@ -141,14 +145,24 @@ def prepare(
   return data_index.open_index(out)
 
 
-def _check_output(out: pathlib.Path) -> None:
+def _work_folder(out: epath.Path) -> pathlib.Path:
+  """Return where the work is done: beside the output, or for a bucket in the user's cache."""
+  if is_remote(out):
+    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    return pathlib.Path.home() / ".cache" / "mfjax" / f"prepare-{name}"
+  return pathlib.Path(out.parent / f".{out.name}.partial")
+
+
+def _check_output(out: epath.Path) -> None:
   if out.exists() and not out.is_dir():
     raise ValueError(f"out={str(out)!r} is a file: give a directory")
-  if out.is_dir() and any(out.iterdir()) and not (out / data_index.INDEX_NAME).exists():
+  if not out.is_dir() or (out / _UPLOADING).exists():
+    return
+  if any(out.iterdir()) and not (out / data_index.INDEX_NAME).exists():
     raise ValueError(f"out={str(out)!r} holds other files: give a new or empty directory")
 
 
-def _already_prepared(options: PrepareOptions, out: pathlib.Path, request: str) -> DataIndex | None:
+def _already_prepared(options: PrepareOptions, out: epath.Path, request: str) -> DataIndex | None:
   try:
     index = data_index.open_index(out)
     if index.request == request:
@@ -362,7 +376,7 @@ def _split(
   }
 
 
-def _publish(fields: dict[str, Any], work: pathlib.Path, out: pathlib.Path) -> None:
+def _publish(fields: dict[str, Any], work: pathlib.Path, out: epath.Path) -> None:
   """Drop what the index does not name, write the index, and give the folder its final name."""
   named = {work / data_index.INDEX_NAME, work / TOKENIZER_NAME}
   for splits in fields["domains"].values():
@@ -372,6 +386,11 @@ def _publish(fields: dict[str, Any], work: pathlib.Path, out: pathlib.Path) -> N
   for path in work.glob("*/*"):
     if path not in named and path.parent.name != CHUNKS_FOLDER:
       path.unlink()
+  if is_remote(out):
+    shutil.rmtree(work / CHUNKS_FOLDER)
+    _upload(work, out)
+    shutil.rmtree(work)
+    return
   if out.is_dir() and any(out.iterdir()):
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -381,3 +400,17 @@ def _publish(fields: dict[str, Any], work: pathlib.Path, out: pathlib.Path) -> N
   else:
     os.replace(work, out)
   shutil.rmtree(out / CHUNKS_FOLDER)
+
+
+def _upload(work: pathlib.Path, out: epath.Path) -> None:
+  """Copy a prepared folder to a bucket, the index last: until then there is no prepared data."""
+  if out.exists():
+    (out / data_index.INDEX_NAME).unlink(missing_ok=True)
+    out.rmtree()
+  (out / _UPLOADING).write_text("mfjax prepare was interrupted here: run it again\n")
+  files = [path for path in work.rglob("*") if path.is_file()]
+  for path in sorted(files, key=lambda path: (path.name == data_index.INDEX_NAME, path)):
+    target = out / path.relative_to(work).as_posix()
+    with path.open("rb") as source, target.open("wb") as copy:
+      shutil.copyfileobj(source, copy, 16 << 20)
+  (out / _UPLOADING).unlink()

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mfjax.data import index as data_index
@@ -56,7 +57,7 @@ class JsonTokenizer:
     Raises:
       ValueError: the file is no tokenizer.json, or it has no such end-of-text token.
     """
-    text = pathlib.Path(file).read_bytes()
+    text = epath.Path(file).read_bytes()
     try:
       self._tokenizer = tokenizers.Tokenizer.from_buffer(text)
     except Exception as error:  # The library raises bare Exception for what it cannot parse.

@@ -25,7 +25,7 @@ def write(index: DataIndex, out: pathlib.Path, max_length: int) -> None:
     tokenizer = byte_tokenizer()
     (out / KNOWN[0]).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
   else:
-    shutil.copyfile(index.path / index.tokenizer, out / KNOWN[0])
+    (out / KNOWN[0]).write_bytes((index.path / index.tokenizer).read_bytes())
     tokenizer = tokenizers.Tokenizer.from_file(str(out / KNOWN[0]))
   end_of_text = tokenizer.id_to_token(index.end_of_text)
   _write_json(

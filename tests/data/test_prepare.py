@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def texts_of(index, domain, split):
 
 
 def files_of(folder):
+  folder = pathlib.Path(folder)
   return {
     str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(folder.rglob("*"))
@@ -227,9 +229,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, small_chunks, chunks_b
 def test_the_same_request_again_does_nothing(tmp_path):
   file = jsonl(tmp_path / "a.jsonl", WORDS)
   first = run(tmp_path, ("d", file))
-  before = (first.path / "index.json").stat().st_mtime_ns
+  before = pathlib.Path(first.path, "index.json").stat().st_mtime_ns
   assert run(tmp_path, ("d", file)) == first
-  assert (first.path / "index.json").stat().st_mtime_ns == before
+  assert pathlib.Path(first.path, "index.json").stat().st_mtime_ns == before
   with pytest.raises(ValueError, match="other inputs or with other options.*--overwrite"):
     run(tmp_path, ("d", file), train_bpe=300)
   assert open_index(first.path) == first
