@@ -8,6 +8,7 @@ import platform
 from etils import epath
 
 from mfjax import digests
+from mfjax.cluster.local import LOGS
 from mfjax.config import RunConfig, Schedule
 from mfjax.storage import is_remote
 
@@ -21,6 +22,7 @@ _MAY_CHANGE = (
   "evaluate.",
   "checkpoint.",
   "profile.",
+  "cluster.",
   "data.path",  # The data state names the digest of what it was drawn from.
   "data.prefetch_batches",
   "loss.chunk_tokens",
@@ -46,8 +48,8 @@ def check_config(workdir: epath.PathLike, run_config: RunConfig, *, allow: bool 
     return
   if not directory.is_dir():
     raise ValueError(f"workdir {directory} is a file: give a directory")
-  pending = f"{_CONFIG_FILE}.tmp"
-  found = sorted(path.name for path in directory.iterdir() if path.name != pending)
+  passed_over = {f"{_CONFIG_FILE}.tmp", LOGS}
+  found = sorted(path.name for path in directory.iterdir() if path.name not in passed_over)
   if not found:
     return
   if _CONFIG_FILE not in found:
