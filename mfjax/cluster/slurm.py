@@ -5,9 +5,10 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from mfjax.cluster import restarts
+from mfjax.cluster import exit_codes, requeue
 
-_WORD = re.compile(r"[\w.,:;=@/+\[\]()&|*-]+")
+_STRAGGLERS_SECONDS = 120  # Ranks end together; one that does not is ended by srun.
+_WORD = re.compile(r"[^\s\"'\\#]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,15 +16,17 @@ class SlurmJob:
   """What a job asks of Slurm, and how it ends and starts again.
 
   `gpus_per_node` may be 0. One task per node drives all its GPUs; with `task_per_gpu` each GPU has
-  a task of its own. `time` is a limit such as 24:00:00; the ranks get SIGTERM `grace_seconds` before
-  it. `options` are further options of sbatch, such as '--qos=high'. `log_directory` must be seen
-  by every node. With `container_image`, ranks run in it (Slurm's plugin pyxis).
+  a task of its own. Without `cpus_per_task` a task gets what the cluster gives, often one core.
+  `time` is a limit such as 24:00:00; the ranks get SIGTERM `grace_seconds` before it. `options` are
+  further options of sbatch, such as '--qos=high'. `log_directory` must be seen by every node. With
+  `container_image`, ranks run in it (Slurm's plugin pyxis).
   """
 
   name: str
   nodes: int
   gpus_per_node: int = 0
   task_per_gpu: bool = False
+  cpus_per_task: int | None = None
   time: str | None = None
   account: str | None = None
   partition: str | None = None
@@ -39,7 +42,7 @@ class SlurmJob:
     words |= {f"option {option!r}": option for option in self.options}
     for name, word in words.items():
       if word is not None and not _WORD.fullmatch(word):
-        raise ValueError(f"{name}={word!r}: Slurm takes letters, digits and .,:=@/+-_ only")
+        raise ValueError(f"{name}={word!r}: it must be one word, without quotes, \\ and #")
     for option in self.options:
       if not option.startswith("-"):
         raise ValueError(f"option {option!r}: write it as sbatch has it, such as --qos=high")
@@ -70,6 +73,7 @@ def _header(job: SlurmJob) -> list[str]:
     "nodes": job.nodes,
     "ntasks-per-node": job.tasks_per_node,
     "gpus-per-node": job.gpus_per_node or None,
+    "cpus-per-task": job.cpus_per_task,
     "time": job.time,
     "account": job.account,
     "partition": job.partition,
@@ -81,7 +85,7 @@ def _header(job: SlurmJob) -> list[str]:
   return ["#!/bin/bash", *lines, "#SBATCH --requeue", *(f"#SBATCH {o}" for o in job.options)]
 
 
-# Each rank notes its exit code: srun returns only the greatest, and a rank that failed (1, 2) takes
+# Each rank notes its exit code: srun returns only the greatest, and a rank that gave up (2) takes
 # its peers along, who end with greater ones. The traps let both shells outlive a signal that is
 # meant for the ranks.
 _RANK = 'trap : TERM INT; "$@"; code=$?; echo "$code" > "$0/rank-$SLURM_PROCID.exit"; exit "$code"'
@@ -97,7 +101,9 @@ def _body(job: SlurmJob, program: Sequence[str]) -> list[str]:
   if job.gpus_per_node and not job.task_per_gpu:
     devices = ",".join(str(device) for device in range(job.gpus_per_node))
     lines += [f"export JAX_LOCAL_DEVICE_IDS={devices}  # Otherwise JAX takes one GPU per process."]
-  srun = ["srun", "--kill-on-bad-exit=0", "--wait=0"]
+  srun = ["srun", "--kill-on-bad-exit=0", f"--wait={_STRAGGLERS_SECONDS}"]
+  if job.cpus_per_task:  # Slurm does not hand this on to srun.
+    srun.append(f"--cpus-per-task={job.cpus_per_task}")
   if job.container_image:
     srun.append(f"--container-image={job.container_image}")
   if job.container_mounts:
@@ -115,21 +121,17 @@ def _body(job: SlurmJob, program: Sequence[str]) -> list[str]:
 
 
 def _restart(job: SlurmJob) -> list[str]:
-  final = "|".join(str(code) for code in restarts.FAILURES)
+  final = exit_codes.USAGE
   return [
-    'for file in "$ranks"/*.exit; do',
-    '  [ -e "$file" ] && case $(< "$file") in',
-    f'    {final}) code=$(< "$file"); echo "$(basename "$file" .exit) failed with code $code" ;;',
-    "  esac",
-    "done",
-    f'case $code in 0|{final}) exit "$code" ;; esac',
+    f'if grep -qx {final} "$ranks"/*.exit; then code={final}; fi',
+    f'case $code in {exit_codes.FINISHED} | {final}) exit "$code" ;; esac',
     f'if [ "$restarts" -ge {job.max_restarts} ]; then',
-    f'  echo "ended with code $code after {job.max_restarts} restarts, the most allowed"',
+    '  echo "ended with code $code after $restarts restarts, and is not started again"',
     '  exit "$code"',
     "fi",
-    f"delay={restarts.shell_delay('restarts')}",
-    'echo "ended with code $code: restart $((restarts + 1)) in $delay s"',
+    f"pause={requeue.shell_pause('restarts')}",
+    'echo "ended with code $code: restart $((restarts + 1)) in $pause s"',
     # Slurm alone would wait two minutes. A time in the past would make it do so, too.
     'scontrol requeue "$SLURM_JOB_ID" &&',
-    '  scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay"',
+    '  scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$pause"',
   ]

@@ -1,6 +1,6 @@
 """Types of cloud TPUs: their topologies, hosts, and what Google's services call them.
 
-Sources: "TPU configurations" and "About TPUs in GKE" of Google Cloud's documentation, November 2026.
+Source: Google Cloud's documentation, "TPU configurations" and "About TPUs in GKE".
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Several hosts on this machine: network namespaces with addresses, names and a switch of their own.
+"""Several hosts on this machine: network namespaces, each with an address and a name.
 
 Needs root and iproute2; `drop` needs nftables. It installs nothing.
 """
