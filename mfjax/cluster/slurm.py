@@ -131,7 +131,9 @@ def _restart(job: SlurmJob) -> list[str]:
     "fi",
     f"pause={requeue.shell_pause('restarts')}",
     'echo "ended with code $code: restart $((restarts + 1)) in $pause s"',
-    # Slurm alone would wait two minutes. A time in the past would make it do so, too.
-    'scontrol requeue "$SLURM_JOB_ID" &&',
-    '  scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$pause"',
+    # Slurm alone would wait two minutes, also for a time that is past when the job has ended. It
+    # ends this script, too: the script ignores that until it has named a time.
+    "trap '' TERM",
+    'scontrol requeue "$SLURM_JOB_ID"',
+    'scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$pause"',
   ]
