@@ -144,7 +144,9 @@ def _pod_spec(job: GkeJob, program: Sequence[str]) -> dict[str, Any]:
       {"name": "MFJAX_RESTARTS", "valueFrom": restart},
       *({"name": name, "value": _literal(value)} for name, value in job.environment),
     ],
-    "ports": [{"name": name, "containerPort": port} for name, port in _PORTS.items()],
+    "ports": [
+      {"name": name, "containerPort": port, "protocol": "TCP"} for name, port in _PORTS.items()
+    ],
     "resources": {"limits": {"google.com/tpu": job.slice.chips_per_host}},
     "volumeMounts": mounts,
   }
