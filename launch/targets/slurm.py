@@ -3,7 +3,7 @@
 mfjax launch slurm --nodes=4 --gpus_per_node=8 --max_restarts=10 -- train --config=quickstart ...
 
 Writes a batch script to the log directory and submits it with sbatch, from this directory. Each
-rank's own log is in LOG_DIRECTORY/job-ID/attempt-N. The nodes must see this directory, the log
+rank's own log is in LOGS/job-ID/attempt-N. The nodes must see this directory, the log
 directory and, without --container_image, this Python.
 """
 
@@ -31,7 +31,7 @@ _TIME = flags.DEFINE_string("time", None, "Time limit, such as 24:00:00.")
 _ACCOUNT = flags.DEFINE_string("account", None, "Account to charge.")
 _PARTITION = flags.DEFINE_string("partition", None, "Partition to run in.")
 _SBATCH = flags.DEFINE_multi_string("sbatch", [], "Further option of sbatch, such as --qos=high.")
-_LOG_DIRECTORY = flags.DEFINE_string("log_directory", "slurm", "Directory for script and logs.")
+_LOGS = flags.DEFINE_string("logs", "slurm", "Directory for script and logs.")
 _CONTAINER_IMAGE = flags.DEFINE_string(
   "container_image", None, "Image to run in, as Slurm's plugin pyxis takes it; has mfjax in it."
 )
@@ -40,7 +40,7 @@ _CONTAINER_MOUNTS = flags.DEFINE_string("container_mounts", None, "Mounts, as py
 
 def run(command: Sequence[str]) -> int:
   """Submit `command` and return 0 once Slurm has it."""
-  directory = pathlib.Path(_LOG_DIRECTORY.value).absolute()
+  directory = pathlib.Path(_LOGS.value).absolute()
   job = slurm.SlurmJob(
     name=_remote.JOB_NAME.value,
     nodes=_NODES.value,

@@ -27,7 +27,7 @@ _RUNTIME_VERSION = flags.DEFINE_string(
 _GCLOUD = flags.DEFINE_multi_string(
   "gcloud", [], "Further option of `queued-resources create`, such as --spot."
 )
-_LOG_DIRECTORY = flags.DEFINE_string("log_directory", "tpu_vm", "Directory here for workers' logs.")
+_LOGS = flags.DEFINE_string("logs", "tpu_vm", "Directory here for workers' logs.")
 
 
 def run(command: Sequence[str]) -> int:
@@ -44,7 +44,7 @@ def run(command: Sequence[str]) -> int:
     environment=_remote.pairs("env", _cloud.ENV.value),
     grace_seconds=_remote.GRACE_SECONDS.value,
     max_restarts=shared.MAX_RESTARTS.value,
-    log_directory=_LOG_DIRECTORY.value,
+    log_directory=_LOGS.value,
   )
   program = ["mfjax", *command]
   _remote.show("\n".join(tpu_vm.lines(job, program)) + "\n", printed=shared.DRY_RUN.value)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import subprocess
+import sys
 
 import kubernetes_validate
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from mfjax.cluster import gke, tpu
+from tests.cluster import network_lab, tiny_run
 
 KUBERNETES = "1.33"
 PROGRAM = ["mfjax", "train", "--config=quickstart", "--workdir=gs://runs/first"]
@@ -182,3 +184,48 @@ def test_the_container_pauses_before_a_restart_and_passes_words_on_unchanged(tmp
 def test_what_kubernetes_refuses_is_refused_before(changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(BASE, **changes)
+
+
+MISSING = network_lab.missing()
+
+
+@pytest.fixture(scope="module")
+def hosts():
+  """Four hosts of one network."""
+  with network_lab.network(4) as made:
+    yield made
+
+
+def start_as_gke(hosts, words):
+  """Start `words` on each host with the variables of a JobSet of two slices of two hosts each."""
+  started = []
+  for index, host in enumerate(hosts):
+    slice_index, worker = divmod(index, 2)
+    environment = tiny_run.environment(
+      JAX_FORCE_TPU_INIT="1",  # JAX takes this for a TPU machine, and its detection for GKE's.
+      TPU_WORKER_ID=str(worker),
+      TPU_WORKER_HOSTNAMES=",".join(h.name for h in hosts[2 * slice_index :][:2]),
+      MEGASCALE_NUM_SLICES="2",
+      MEGASCALE_SLICE_ID=str(slice_index),
+      MEGASCALE_COORDINATOR_ADDRESS=f"{hosts[0].name}:8080",
+    )
+    started.append(host.start(words, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+  outputs = [process.communicate(timeout=600)[0] for process in started]
+  assert [process.returncode for process in started] == [0] * len(hosts), "\n".join(outputs)
+  return outputs
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+def test_hosts_of_two_slices_find_each_other(hosts):
+  program = [sys.executable, str(tiny_run.ROOT / "tests" / "cluster" / "who_am_i.py")]
+  for index, output in enumerate(start_as_gke(hosts, program)):
+    assert f"process {index} of 4 on host{index}: 10.0" in output.splitlines()
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+def test_a_run_on_two_slices_has_the_losses_of_any_other_start(hosts, tmp_path):
+  outputs = start_as_gke(hosts, tiny_run.mfjax(*tiny_run.train(tmp_path / "run")))
+  assert "host3" in outputs[3]
+  assert tiny_run.losses(tmp_path / "run") == tiny_run.undisturbed()

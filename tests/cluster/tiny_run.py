@@ -87,8 +87,8 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
   file = workdir / "metrics.jsonl"
   if not file.exists():
     return {}
-  lines = [line for line in file.read_text().split("\n")[:-1]]
-  records = [json.loads(line) for line in lines]
+  whole = file.read_text().split("\n")[:-1]  # The last line may be being written.
+  records = [json.loads(line) for line in whole]
   return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
@@ -105,5 +105,3 @@ def wait_until(
 def read_all(files: Sequence[pathlib.Path]) -> str:
   """Return the ends of log files, for messages of failed tests."""
   return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.is_file())
-
-
