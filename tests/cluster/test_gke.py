@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import subprocess
-import sys
 
 import kubernetes_validate
 import pytest
@@ -218,9 +217,8 @@ def start_as_gke(hosts, words):
 @pytest.mark.cluster
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def test_hosts_of_two_slices_find_each_other(hosts):
-  program = [sys.executable, str(tiny_run.ROOT / "tests" / "cluster" / "who_am_i.py")]
-  for index, output in enumerate(start_as_gke(hosts, program)):
-    assert f"process {index} of 4 on host{index}: 10.0" in output.splitlines()
+  outputs = start_as_gke(hosts, tiny_run.WHO_AM_I)
+  assert [tiny_run.said(output) for output in outputs] == [[line] for line in tiny_run.SAID]
 
 
 @pytest.mark.cluster

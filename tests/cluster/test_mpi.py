@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -29,11 +28,9 @@ def mpirun(processes, *words):
 
 
 def test_processes_find_each_other():
-  done = mpirun(4, sys.executable, str(tiny_run.ROOT / "tests" / "cluster" / "who_am_i.py"))
+  done = mpirun(4, *tiny_run.WHO_AM_I)
   assert done.returncode == 0, done.stderr
-  said = sorted(line.partition(" on ")[0] for line in done.stdout.splitlines())
-  assert said == [f"process {rank} of 4" for rank in range(4)]
-  assert all(line.endswith(": 10.0") for line in done.stdout.splitlines())
+  assert tiny_run.said(done.stdout) == tiny_run.SAID
 
 
 def test_a_run_trains_to_the_losses_of_any_other_start(tmp_path):

@@ -5,7 +5,6 @@ import pathlib
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 
@@ -163,24 +162,25 @@ def state(lab, job_id):
   return found.group(1) if found else ""
 
 
+def ended(lab, job_id, describe):
+  """Wait until a job has ended for good."""
+  final = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"}
+  tiny_run.wait_until(lambda: state(lab, job_id) in final, 300, "the job's end", describe)
+
+
 @pytest.mark.cluster
 @real
 def test_ranks_of_a_job_find_each_other(lab, tmp_path):
   job = dataclasses.replace(JOB, log_directory=str(tmp_path / "it's here"))
   (tmp_path / "it's here").mkdir()
-  program = [sys.executable, str(tiny_run.ROOT / "tests" / "cluster" / "who_am_i.py")]
-  (tmp_path / "job").write_text(slurm.script(job, program))
-  words = ["sbatch", "--parsable", "--wait", str(tmp_path / "job")]
-  done = subprocess.run(
-    words, env=lab | tiny_run.environment(SLURM_CONF=lab["SLURM_CONF"]),
-    capture_output=True, text=True, timeout=300,
-  )  # fmt: skip
-  directory = pathlib.Path(job.log_directory, f"job-{done.stdout.strip()}", "attempt-0")
+  (tmp_path / "job").write_text(slurm.script(job, tiny_run.WHO_AM_I))
+  environment = lab | tiny_run.environment(SLURM_CONF=lab["SLURM_CONF"])
+  job_id = slurm_command(environment, "sbatch", "--parsable", str(tmp_path / "job")).strip()
+  directory = pathlib.Path(job.log_directory, f"job-{job_id}", "attempt-0")
+  ended(lab, job_id, lambda: tiny_run.read_all(directory.glob("*.log")))
   logs = sorted(directory.glob("*.log"))
-  assert done.returncode == 0, tiny_run.read_all(logs)
-  said = [line for log in logs for line in log.read_text().splitlines() if " on " in line]
-  assert [line.partition(" on ")[0] for line in said] == [f"process {r} of 4" for r in range(4)]
-  assert all(line.endswith(": 10.0") for line in said)
+  assert state(lab, job_id) == "COMPLETED", tiny_run.read_all(logs)
+  assert [tiny_run.said(log.read_text()) for log in logs] == [[line] for line in tiny_run.SAID]
 
 
 @pytest.mark.cluster
@@ -209,8 +209,7 @@ def test_a_preempted_run_is_requeued_and_ends_with_the_losses_of_an_undisturbed_
   tiny_run.wait_until(lambda: len(list(first.glob("*.exit"))) == 4, 120, "the end", describe)
   assert [file.read_text() for file in sorted(first.glob("*.exit"))] == ["75\n"] * 4
   assert steps() < tiny_run.STEPS, "the run had finished before it was preempted"
-  ended = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL"}
-  tiny_run.wait_until(lambda: state(lab, job_id) in ended, 300, "the job's end", describe)
+  ended(lab, job_id, describe)
   assert state(lab, job_id) == "COMPLETED", describe()
   assert (first.parent / "attempt-1" / "rank-3.exit").read_text() == "0\n"
   assert tiny_run.losses(workdir) == undisturbed

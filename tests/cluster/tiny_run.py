@@ -1,7 +1,6 @@
-"""A run that takes seconds, for jobs of real processes: its data, config, command and losses."""
+"""A run of four processes that takes seconds, for starts that are not `mfjax launch local`."""
 
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -9,31 +8,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
-ROOT = pathlib.Path(__file__).parents[2]
+from mfjax.config import CheckpointConfig, MeshConfig
+from tests.cluster import jobs
+
+PROCESSES = 4
 STEPS = 60
-_CONFIG = '''\
-"""A run for tests."""
-
-from mfjax.config import *
+WHO_AM_I = [sys.executable, str(jobs.ROOT / "tests" / "cluster" / "who_am_i.py")]
+SAID = [f"process {rank} of {PROCESSES} of a sum of 10.0" for rank in range(PROCESSES)]
 
 
-def get_config():
-  return RunConfig(
-    model=ModelConfig(
-      vocab_size=257, d_model=32, num_layers=2, d_attention=32, d_ff=48, num_attention_experts=8,
-      num_ff_experts=8, d_gate=16, init=Init.TRUNCATED_NORMAL, compute_dtype=DType.FLOAT32,
-    ),
+@functools.cache
+def _directory() -> pathlib.Path:
+  return pathlib.Path(tempfile.mkdtemp(prefix="mfjax-run-"))
+
+
+@functools.cache
+def _config() -> pathlib.Path:
+  """Prepare the data and return the run's config file."""
+  config = jobs.make_config(
+    jobs.make_data(_directory()),
+    steps=STEPS,
     mesh=MeshConfig(data=2, fsdp=2),
-    data=DataConfig(path={data!r}, sequence_length=64, batch_rows=8),
-    optimizer=OptimizerConfig(warmup_steps=2, learning_rate=3e-3),
-    train=TrainConfig(steps={steps}, log_every=1, tensorboard=False),
-    evaluate=EvalConfig(every=1000, max_tokens=500, sample_tokens=0),
     checkpoint=CheckpointConfig(every=1000),
-    cluster=ClusterConfig(initialization_timeout=120),
   )
-'''
+  file = _directory() / "run.py"
+  file.write_text(
+    "from mfjax.config import RunConfig\n\n"
+    f"def get_config():\n  return RunConfig.from_dict({config.to_dict()!r})\n"
+  )
+  return file
 
 
 def mfjax(*words: str) -> list[str]:
@@ -41,59 +46,56 @@ def mfjax(*words: str) -> list[str]:
   return [sys.executable, "-m", "launch.main", *words]
 
 
-def environment(**variables: str) -> dict[str, str]:
-  """Return what a process of a run on CPUs is started with."""
-  inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  return inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "NPROC": "16"} | variables
-
-
-@functools.cache
-def config() -> pathlib.Path:
-  """Prepare the data, once, and return the run's config file."""
-  directory = pathlib.Path(tempfile.mkdtemp(prefix="mfjax-run-"))
-  texts = [ROOT / "README.md", ROOT / "BUILD.md"]
-  for number, part in enumerate("".join(t.read_text() for t in texts).split("\n\n")):
-    (directory / "texts").mkdir(exist_ok=True)
-    (directory / "texts" / f"{number}.txt").write_text(part)
-  prepare = ["prepare", f"--out={directory / 'data'}", f"--input=docs={directory / 'texts'}"]
-  subprocess.run(mfjax(*prepare), env=environment(), check=True, capture_output=True)
-  file = directory / "run.py"
-  file.write_text(_CONFIG.format(data=str(directory / "data"), steps=STEPS))
-  return file
-
-
 def train(workdir: pathlib.Path) -> list[str]:
   """Return the command that trains in `workdir`, without `mfjax`."""
-  return ["train", f"--config={config()}", f"--workdir={workdir}"]
+  return ["train", f"--config={_config()}", f"--workdir={workdir}"]
+
+
+def environment(**variables: str) -> dict[str, str]:
+  """Return what a process with one CPU device is started with."""
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "NPROC": "16",
+    "PYTHONPATH": str(jobs.ROOT),
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_COMPILATION_CACHE_DIR": str(_directory() / "cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    **variables,
+  }
+
+
+def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
+  """Return the loss of every step, as logged."""
+  return _job(workdir).losses()
 
 
 @functools.cache
-def undisturbed() -> dict[int, float]:
+def undisturbed() -> list[tuple[int, float]]:
   """Run four processes on this machine, once, and return their losses."""
-  workdir = pathlib.Path(tempfile.mkdtemp(prefix="mfjax-run-")) / "undisturbed"
-  launch = ["launch", "local", "--num_processes=4", "--", *train(workdir)]
+  workdir = _directory() / "undisturbed"
+  launch = ["launch", "local", f"--num_processes={PROCESSES}", "--", *train(workdir)]
   done = subprocess.run(
     mfjax(*launch), env=environment(), capture_output=True, text=True, timeout=600
   )
   assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
   found = losses(workdir)
   shutil.rmtree(workdir)
-  assert sorted(found) == list(range(1, STEPS + 1))
+  assert [step for step, _ in found] == list(range(1, STEPS + 1))
   return found
 
 
-def losses(workdir: pathlib.Path) -> dict[int, float]:
-  """Return the training loss of each step that the run has logged."""
-  file = workdir / "metrics.jsonl"
-  if not file.exists():
-    return {}
-  whole = file.read_text().split("\n")[:-1]  # The last line may be being written.
-  records = [json.loads(line) for line in whole]
-  return {record["step"]: record["loss"] for record in records if "loss" in record}
+def _job(workdir: pathlib.Path) -> jobs.Job:
+  nothing = jobs.make_config(workdir, steps=STEPS)
+  return jobs.Job(nothing, workdir, _directory(), processes=PROCESSES, devices=1)
+
+
+def said(output: str) -> list[str]:
+  """Return what processes of WHO_AM_I said, by rank: SAID if all is well."""
+  return sorted(line for line in output.splitlines() if line.startswith("process "))
 
 
 def wait_until(
-  condition: Callable[[], bool], seconds: float, what: str, describe: Callable[[], str] = str
+  condition: Callable[[], bool], seconds: float, what: str, describe: Callable[[], str]
 ) -> None:
   """Wait for a condition; fail with `what` and a description when it does not come."""
   deadline = time.monotonic() + seconds
@@ -102,6 +104,6 @@ def wait_until(
     time.sleep(0.3)
 
 
-def read_all(files: Sequence[pathlib.Path]) -> str:
+def read_all(files: Iterable[pathlib.Path]) -> str:
   """Return the ends of log files, for messages of failed tests."""
   return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files if file.is_file())

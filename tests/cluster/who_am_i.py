@@ -1,6 +1,5 @@
 """Join the job as `mfjax train` does, add up a number over all devices, and say so."""
 
-import os
 import sys
 
 import jax
@@ -19,5 +18,4 @@ with _cluster.open_session(ClusterConfig(initialization_timeout=60)) as session:
     lambda index: jnp.ones(1) * (1 + session.process.index),
   )
   total = jax.jit(jnp.sum, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))(ones)
-  process = session.process
-  print(f"process {process.index} of {process.count} on {os.uname().nodename}: {float(total)}")
+  print(f"process {session.process.index} of {session.process.count} of a sum of {float(total)}")
