@@ -29,7 +29,7 @@ _NODE_SELECTOR = flags.DEFINE_multi_string(
 
 
 def run(command: Sequence[str]) -> int:
-  """Apply a JobSet that runs `command` and return kubectl's exit code."""
+  """Apply a JobSet that runs `command` and return kubectl's exit code: it goes on without us."""
   job = gke.GkeJob(
     name=_remote.JOB_NAME.value,
     slice=_cloud.tpu_slice(),
@@ -49,4 +49,8 @@ def run(command: Sequence[str]) -> int:
   if shared.DRY_RUN.value:
     return 0
   _remote.require("kubectl")
-  return subprocess.run(["kubectl", "apply", "--filename=-"], input=manifest, text=True).returncode
+  apply = ["kubectl", "apply", "--filename=-"]
+  code = subprocess.run(apply, input=manifest, text=True).returncode
+  if code == 0:
+    print(f"logs: kubectl logs --follow --namespace={job.namespace} job/{gke.first_job(job)}")
+  return code

@@ -58,6 +58,11 @@ class GkeJob:
         raise ValueError(f"bucket {bucket!r} on {path!r}: give a bucket and an absolute path")
 
 
+def first_job(job: GkeJob) -> str:
+  """Return the name of the Kubernetes job of the first slice, in which process 0 is."""
+  return f"{job.name}-{_REPLICATED_JOB}-0"
+
+
 def to_yaml(manifest: dict[str, Any]) -> str:
   """Return a manifest as text."""
   return str(yaml.safe_dump(manifest, sort_keys=False, width=100))

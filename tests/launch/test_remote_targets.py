@@ -74,6 +74,13 @@ def test_mistakes_are_one_sentence(mfjax, words, message):
   assert done.err.count("\n") == 1
 
 
+def test_what_goes_on_after_gke_took_it_can_be_followed(mfjax, tools):
+  tools("kubectl", script="cat > /dev/null")
+  done = mfjax(*GKE, "--job_name=molm", *COMMAND)
+  assert (done.code, done.err) == (0, "")
+  assert done.out == "logs: kubectl logs --follow --namespace=default job/molm-slice-0\n"
+
+
 def test_slurm_gets_the_script_that_a_dry_run_shows(mfjax, tmp_path, tools):
   shown = mfjax(*SLURM, "--dry_run", *COMMAND).out.splitlines()
   tools("sbatch", script="echo Submitted batch job 7")
