@@ -209,6 +209,8 @@ def test_a_preempted_run_is_requeued_and_ends_with_the_losses_of_an_undisturbed_
   tiny_run.wait_until(lambda: len(list(first.glob("*.exit"))) == 4, 120, "the end", describe)
   assert [file.read_text() for file in sorted(first.glob("*.exit"))] == ["75\n"] * 4
   assert steps() < tiny_run.STEPS, "the run had finished before it was preempted"
+  # After Slurm's own pause of two minutes this would be too late.
+  tiny_run.wait_until((first.parent / "attempt-1").exists, 60, "the restart", describe)
   ended(lab, job_id, describe)
   assert state(lab, job_id) == "COMPLETED", describe()
   assert (first.parent / "attempt-1" / "rank-3.exit").read_text() == "0\n"

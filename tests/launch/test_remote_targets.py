@@ -1,11 +1,17 @@
 """`mfjax launch` on other machines: dry runs, files, missing tools, mistakes."""
 
+import os
 import pathlib
 import shlex
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 import yaml
+
+import launch
 
 SLURM = ("launch", "slurm", "--nodes=4")
 GKE = ("launch", "gke", "--tpu=v5e:4x4", "--image=host/mfjax")
@@ -151,3 +157,26 @@ def test_tpu_vms_run_the_command_in_the_image(mfjax):
 def test_scripts_and_lines_are_valid_shell(mfjax, target):
   text = mfjax(*target, "--dry_run", *COMMAND).out
   assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_launcher_that_is_stopped_gives_the_machines_back(tmp_path, tools, number, code):
+  tools(
+    "gcloud",
+    script='case "$4" in describe) echo ACTIVE;; esac\n'
+    f'case "$*" in *"docker run"*) touch {tmp_path}/runs; exec sleep 60;; esac',
+  )
+  launcher = subprocess.Popen(
+    [sys.executable, "-m", "launch.main", *TPU_VM, *COMMAND],
+    env=os.environ | {"PYTHONPATH": str(pathlib.Path(launch.__file__).parents[1])},
+    cwd=tmp_path,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    process_group=0,
+  )
+  deadline = time.monotonic() + 60
+  while not (tmp_path / "runs").exists() and time.monotonic() < deadline:
+    time.sleep(0.1)
+  os.killpg(launcher.pid, number)  # As a terminal does.
+  assert launcher.wait(60) == code
+  assert "delete" in (tmp_path / "gcloud.words").read_text().splitlines()
