@@ -42,6 +42,7 @@ def open_session(config: ClusterConfig) -> session.Session:
     _ADDRESS.value or os.environ.get(_environment.COORDINATOR_ADDRESS),
     _integer(_NUM_PROCESSES, _environment.NUM_PROCESSES),
     _integer(_PROCESS_ID, _environment.PROCESS_ID),
+    local_device_ids(os.environ.get(_environment.LOCAL_DEVICE_IDS)),
   )
   if coordinates is not None:
     # Its SIGTERM handler would take the place of ours.
@@ -63,6 +64,21 @@ def open_session(config: ClusterConfig) -> session.Session:
 def resume_command(default: str) -> str:
   """Return what a person types to go on with this run."""
   return os.environ.get(_environment.RESUME_COMMAND, default)
+
+
+def local_device_ids(text: str | None) -> list[int] | None:
+  """Return the numbers in `text`, such as 0,1,2,3; None without any: JAX decides.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  if not text:
+    return None
+  try:
+    return [int(number) for number in text.split(",")]
+  except ValueError as error:
+    name = _environment.LOCAL_DEVICE_IDS
+    raise ValueError(f"{name}={text!r}: give numbers, such as 0,1,2,3") from error
 
 
 def _integer(flag: flags.FlagHolder[int | None], name: str) -> int | None:

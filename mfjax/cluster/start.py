@@ -46,10 +46,12 @@ def find(
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
+  local_device_ids: Sequence[int] | None = None,
 ) -> Coordinates | None:
   """Return this process's coordinates; what is not given comes from JAX's own cluster detection.
 
-  Returns None for a single process.
+  Returns None for a single process. JAX's detection takes each process to drive one GPU where a
+  cluster (Slurm, Open MPI) numbers the processes of a machine, unless `local_device_ids` say more.
 
   Raises:
     ValueError: some coordinates are given, and nothing tells the rest, or they do not fit.
@@ -62,12 +64,16 @@ def find(
     "num_processes": num_processes,
     "process_id": process_id,
   }
-  local_devices: Sequence[int] | None = None
   if None in given.values():
     try:
-      coordinator, num_processes, process_id, local_devices = (
+      coordinator, num_processes, process_id, local_device_ids = (
         clusters.ClusterEnv.auto_detect_unset_distributed_params(
-          coordinator, num_processes, process_id, None, None, config.initialization_timeout
+          coordinator,
+          num_processes,
+          process_id,
+          local_device_ids,
+          None,
+          config.initialization_timeout,
         )
       )
     except Exception as error:  # Whatever a cluster's own library raises.
@@ -89,7 +95,7 @@ def find(
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal():
     raise ValueError(f"--coordinator_address={coordinator!r}: give HOST:PORT")
-  ids = None if local_devices is None else tuple(local_devices)
+  ids = None if local_device_ids is None else tuple(local_device_ids)
   return Coordinates(coordinator, num_processes, process_id, ids)
 
 
