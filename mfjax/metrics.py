@@ -19,26 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfjax.config import DType, Gate, ModelConfig
-
-# Dense bf16 FLOP/s of one jax.Device by prefix of its device_kind; the longest prefix decides.
-# TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, per chip; a tpu7x chip is two devices.
-# NVIDIA: data sheets of A100, H100 (SXM, PCIe, NVL), H200 and HGX B200; half of 'with sparsity'.
-PUBLISHED_PEAKS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 2307e12 / 2,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989.4e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H100 NVL": 835e12,
-  "NVIDIA H200": 989.4e12,
-  "NVIDIA B200": 2250e12,
-}
+from mfjax.devices import of_kind
 
 # An expert is dead in a log interval if it got less than this part of its balanced share 1/N.
 DEAD_SHARE = 0.01
@@ -127,9 +108,9 @@ class Peak:
 def device_peak(devices: Sequence[jax.Device], dtype: DType) -> Peak:
   """Return the published bf16 peak of these devices, or a measured ceiling if none is known."""
   kind = devices[0].device_kind
-  known = [prefix for prefix in PUBLISHED_PEAKS if kind.startswith(prefix)]
-  if known:
-    return Peak(PUBLISHED_PEAKS[max(known, key=len)], f"published dense bf16 peak of {kind}")
+  facts = of_kind(kind)
+  if facts is not None:
+    return Peak(facts.bf16_flops, f"published dense bf16 peak of {kind}")
   local = [device for device in devices if device.process_index == jax.process_index()]
   ceiling = matmul_ceiling(local, dtype)
   return Peak(ceiling, f"{dtype.value} matmul measured on this {kind}")
