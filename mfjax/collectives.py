@@ -35,6 +35,9 @@ _PAIRS = re.compile(r"\bsource_target_pairs=\{(\{.*?\})\}")
 _MESH_GROUPS = re.compile(r"\breplica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 # libtpu writes one collective into every fusion that it runs beside; this custom call begins it.
 _CHAIN, _ASYNC_START = "chain_id=", 'custom_call_target="AsyncCollectiveStart"'
+# Between slices libtpu hands data to the hosts: one send for every collective of one device of each.
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 
 
@@ -106,11 +109,19 @@ def collectives(text: str, places: Sequence[Place]) -> list[Collective]:
     starts = any(_ASYNC_START in line.attributes for line in lines)
     for line in lines:
       kind = line.opcode.removesuffix("-start")
+      between_slices = _TRANSFER.search(line.attributes) if line.opcode == "send" else None
+      if between_slices:
+        kind = between_slices[1].lower().replace("_", "-")
       if kind not in KINDS or (_CHAIN in line.attributes and not starts):
         continue
-      operands = line.operands[:1] if kind == "collective-permute" else line.operands
+      is_single = between_slices or kind == "collective-permute"
+      operands = line.operands[:1] if is_single else line.operands
       size = sum(num_bytes(shapes[operand]) for operand in operands)
-      group, slices, dimensions = _group(line.attributes, tuple(places))
+      if between_slices:
+        group = slices = _num_slices(line.attributes)
+        dimensions = 0
+      else:
+        group, slices, dimensions = _group(line.attributes, tuple(places))
       ici, dcn = bytes_sent(kind, size, group, slices)
       source = _OP_NAME.search(line.attributes)
       found.append(
@@ -240,6 +251,15 @@ def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -
     if line.opcode == "constant" and line.name in root.operands and line.shape.startswith("s32[]")
   ]
   return limits[0] if len(limits) == 1 else None
+
+
+def _num_slices(attributes: str) -> int:
+  """Return how many slices a transfer joins, from '{1,2}x{0:3}' or '{1:2}x{0:3}'."""
+  found = _SLICES.search(attributes)
+  if found is None:
+    raise ValueError(f"a transfer between slices is not understood: {attributes[:300]}")
+  ranges = [[int(end) for end in part.split(":")] for part in found[1].split(",")]
+  return sum(part[-1] - part[0] + 1 for part in ranges)
 
 
 @functools.cache
