@@ -46,8 +46,8 @@ class Program:
   """One compiled program, per device.
 
   `memory` adds up to `peak_bytes`, the compiler's own peak. Where the compiler refused for lack of
-  memory, `peak_bytes` is what it would have used and `limit_bytes` what it had; there is no text then,
-  so no kernels and no collectives. Otherwise `limit_bytes` is None.
+  memory, `peak_bytes` is what it would have used and `limit_bytes` what it had; kernels and
+  collectives are not known then. Otherwise `limit_bytes` is None.
   """
 
   name: str
@@ -72,9 +72,7 @@ def places(mesh: Mesh, num_slices: int, dimensions: Sequence[int]) -> list[Place
   devices = list(mesh.devices.flat)
   parts = sharding.slices(devices, num_slices)
   slice_of = {device.id: index for index, part in enumerate(parts) for device in part}
-  return [
-    Place(slice_of[device.id], tuple(device.coords[: len(dimensions)])) for device in devices
-  ]
+  return [Place(slice_of[device.id], tuple(device.coords[: len(dimensions)])) for device in devices]
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

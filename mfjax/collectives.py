@@ -1,12 +1,12 @@
 """The collectives of a compiled program, read from its text: kind, bytes, devices, how often.
 
 What counts is what the compiler made, not what the program asked for: it may turn a reduce-scatter
-into an all-reduce, or merge several. Loops multiply by their trip count. A loop whose length depends
-on data (the exchange's later rounds) is counted for one iteration and marked.
+into an all-reduce, or merge several. Loops multiply by their trip count. A loop whose length
+depends on data (the exchange's later rounds) is counted for one iteration and marked.
 
 Bytes are what one device sends with the usual ring algorithms, n devices a group, B its operand:
 all-gather (n-1) B, reduce-scatter and all-to-all (n-1)/n B, all-reduce twice that, permute B. A
-group over several slices first works inside each, over ICI, then among one device of each, over DCN.
+group over several slices works inside each, over ICI, and among one device of each, over DCN.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _PAIRS = re.compile(r"\bsource_target_pairs=\{(\{.*?\})\}")
 _MESH_GROUPS = re.compile(r"\breplica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 # libtpu writes one collective into every fusion that it runs beside; this custom call begins it.
 _CHAIN, _ASYNC_START = "chain_id=", 'custom_call_target="AsyncCollectiveStart"'
-# Between slices libtpu hands data to the hosts: one send for every collective of one device of each.
+# Between slices libtpu hands data to the hosts: a send for each collective.
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')

@@ -76,6 +76,12 @@ def active_parameters(model: ModelConfig) -> dict[str, int]:
   return counts
 
 
+def flops_of_routers(model: ModelConfig) -> int:
+  """Return the forward FLOPs per token of one layer's two routers."""
+  counts = (model.num_attention_experts, model.num_ff_experts)
+  return 2 * sum(_router_weights(model, count) for count in counts)
+
+
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   """Return the FLOPs of forward and backward per trained token, recomputation not counted.
 
@@ -87,9 +93,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   experts = (
     2 * model.d_model * (model.attention_top_k * model.d_attention + model.ff_top_k * model.d_ff)
   )
-  routers = sum(
-    _router_weights(model, n) for n in (model.num_attention_experts, model.num_ff_experts)
-  )
+  routers = flops_of_routers(model) / 2
   kv = 0 if model.identity_kv else 2 * model.d_model * model.d_attention
   attention = 2 * model.attention_top_k * model.d_attention * (sequence_length + 1) / 2
   lm_head = model.d_model * model.vocab_size
