@@ -25,9 +25,10 @@ TRAIN, EVALUATION = "train step", "evaluation step"
 _KERNELS = re.compile(
   r'custom_call_target="(tpu_custom_call|mosaic_gpu[\w.]*|__gpu\$xla\.gpu\.mosaic\w*)"'
 )
-# "Used 21.50G of 15.75G hbm. Exceeded hbm capacity by 5.75G."
+# How libtpu says that a program, its arguments included, is too large for the device.
 _EXCEEDED = re.compile(
-  r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm\. Exceeded hbm capacity by ([\d.]+)([KMGT])"
+  r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
+  r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
 _VMEM = re.compile(r"Ran out of memory in memory space vmem|Scoped allocation with size")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -181,7 +182,7 @@ def _exceeded(error: Exception, name: str) -> tuple[int, int]:
   """Return (bytes wanted, bytes there are) from a compiler's refusal for lack of memory."""
   message = str(error)
   if found := _EXCEEDED.search(message):
-    used, used_unit, limit, limit_unit = found.groups()[:4]
+    used, used_unit, limit, limit_unit = (group for group in found.groups() if group)
     return int(float(used) * _UNITS[used_unit]), int(float(limit) * _UNITS[limit_unit])
   first = " ".join(message.split())
   if _VMEM.search(message):

@@ -220,8 +220,8 @@ def _layer_bytes(config: RunConfig, tokens: int, kinds: dict[str, _Kind]) -> flo
   width = jnp.dtype(model.compute_dtype.value).itemsize
   passes = (1 + (train.remat is Remat.FULL), 1)
   rows = {"attention": _ATTENTION_ROWS, "ff": _FF_ROWS}
-  per_token = (
-    sum(n * times for n, times in zip(_RESIDUAL_ROWS, passes, strict=True)) * model.d_model
+  per_token = float(model.d_model) * sum(
+    n * times for n, times in zip(_RESIDUAL_ROWS, passes, strict=True)
   )
   weights = 0.0
   for name, kind in kinds.items():

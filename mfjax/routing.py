@@ -1,8 +1,8 @@
 """Measured load of experts, and what it means for the fullest device of a mesh.
 
 A histogram is counts (or shares) of picks per layer and expert, [L, N] for each kind: what a
-training run writes to metrics.jsonl as `router.KIND.share`. It is of the whole batch; that each device's own
-tokens follow it is an assumption.
+training run writes to metrics.jsonl as `router.KIND.share`. It is of the whole batch; that each
+device's own tokens follow it is an assumption.
 """
 
 import json
