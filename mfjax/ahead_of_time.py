@@ -73,7 +73,10 @@ def places(mesh: Mesh, num_slices: int, dimensions: Sequence[int]) -> list[Place
   devices = list(mesh.devices.flat)
   parts = sharding.slices(devices, num_slices)
   slice_of = {device.id: index for index, part in enumerate(parts) for device in part}
-  return [Place(slice_of[device.id], tuple(device.coords[: len(dimensions)])) for device in devices]
+  return [
+    Place(slice_of[device.id], tuple(device.coords[: len(dimensions)]) if dimensions else ())
+    for device in devices
+  ]
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -32,7 +32,11 @@ _BRANCHES = re.compile(
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"\breplica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
 _PAIRS = re.compile(r"\bsource_target_pairs=\{(\{.*?\})\}")
-_MESH_GROUPS = re.compile(r"\breplica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_MESH_GROUPS = re.compile(
+  r"\breplica_groups=mesh\[([^\]]*)\]"
+  r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+_MESH_AXIS = re.compile(r"'([^']+)'(?:=(\d+)|:\((\d+)\)(\d+))?,?")
 # libtpu writes one collective into every fusion that it runs beside; this custom call begins it.
 _CHAIN, _ASYNC_START = "chain_id=", 'custom_call_target="AsyncCollectiveStart"'
 # Between slices libtpu hands data to the hosts: a send for each collective.
@@ -281,8 +285,8 @@ def _groups(attributes: str, num_devices: int) -> list[list[int]]:
   if pairs := _PAIRS.search(attributes):
     ids = [int(number) for number in re.findall(r"\d+", pairs[1])]
     return [ids[i : i + 2] for i in range(0, len(ids), 2)]
-  if axes := _MESH_GROUPS.search(attributes):
-    return _mesh_groups(axes[1], axes[2], num_devices)
+  if mesh := _MESH_GROUPS.search(attributes):
+    return _mesh_groups(*mesh.groups(), num_devices=num_devices)
   found = _GROUPS.search(attributes)
   if found is None:
     raise ValueError(f"a collective's groups are not understood: {attributes[:200]}")
@@ -294,23 +298,39 @@ def _groups(attributes: str, num_devices: int) -> list[list[int]]:
   shape, dims, order = re.fullmatch(  # type: ignore[union-attr]
     r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
   ).groups()
-  ids_array = np.arange(num_devices).reshape(_integers(dims))
-  if order:
-    ids_array = ids_array.transpose(_integers(order))
-  return ids_array.reshape(_integers(shape)).tolist()
+  return _iota(num_devices, dims, order).reshape(_integers(shape)).tolist()
 
 
-def _mesh_groups(axes: str, names: str, num_devices: int) -> list[list[int]]:
-  """Return the groups of `mesh['x'=4,'y'=2] {'y'}`: devices that differ along 'y' alone."""
-  sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-  together = re.findall(r"'([^']+)'", names)
-  whole = ",".join(f"'{name}'" for name in together)
-  if math.prod(sizes.values()) != num_devices or whole != names or not set(together) <= set(sizes):
+def _iota(num_devices: int, dims: str, order: str | None) -> np.ndarray:
+  """Return the devices in the order of '[2,4]T(1,0)'."""
+  ids = np.arange(num_devices).reshape(_integers(dims))
+  return ids.transpose(_integers(order)) if order else ids
+
+
+def _mesh_groups(
+  axes: str, dims: str | None, order: str | None, names: str, *, num_devices: int
+) -> list[list[int]]:
+  """Return the groups of `mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}`.
+
+  Its devices differ along 'y' alone. `'x':(2)2` is the part of 'x' of size 2 inside its outer 2.
+  """
+  sizes = {name: int(size) for name, size, *_ in _MESH_AXIS.findall(axes)}
+  shape: list[int] = []
+  chosen: list[int] = []
+  parts = {name: (outer, size) for name, _, outer, size in _MESH_AXIS.findall(names)}
+  for name, whole in sizes.items():
+    outer, size = (int(part or 0) for part in parts.get(name, ("", "")))
+    if size:
+      chosen.append(len(shape) + 1)
+      shape += [outer, size, whole // outer // size]
+    else:
+      chosen += [len(shape)] if name in parts else []
+      shape.append(whole)
+  if math.prod(shape) != num_devices or not parts.keys() <= sizes.keys():
     raise ValueError(f"a collective's groups are not understood: mesh[{axes}] {{{names}}}")
-  order = [name for name in sizes if name not in together] + together
-  ids = np.arange(num_devices).reshape(tuple(sizes.values()))
-  ids = ids.transpose([list(sizes).index(name) for name in order])
-  return ids.reshape(-1, math.prod(sizes[name] for name in together)).tolist()
+  ids = _iota(num_devices, dims or str(num_devices), order).reshape(shape)
+  rest = [axis for axis in range(len(shape)) if axis not in chosen]
+  return ids.transpose(rest + chosen).reshape(-1, math.prod(shape[i] for i in chosen)).tolist()
 
 
 def _integers(text: str) -> list[int]:

@@ -115,6 +115,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4, 1),
     ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2, 2),
     ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", 4, 2),
+    ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'c'}", 2, 2),
+    ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'b'}", 4, 1),
+    ("replica_groups=mesh['a'=8], device_ids=([8]) {'a':(1)2}", 2, 2),
+    ("replica_groups=mesh['a'=8] {'a':(2)4}", 4, 1),
   ],
 )
 def test_notations_of_groups(groups, size, slices):
