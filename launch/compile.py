@@ -58,15 +58,14 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError(f"--target is missing; {targets.known()}")
   target = targets.parse(_TARGET.value, _NUM_SLICES.value)
   config = shared.run_config()
-  prepare(os.environ)
 
   import jax
 
   from mfjax import fit, routing
 
-  jax.config.update("jax_platforms", "cpu")
-
   histogram = routing.read(_ROUTING.value, config.model) if _ROUTING.value else None
+  prepare(os.environ)
+  jax.config.update("jax_platforms", "cpu")
   machine = fit.Machine.of(target)
   if _SEARCH.value:
     return _search(config, machine, histogram)
@@ -77,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:
-  """Keep compilers away from accelerators of this machine; before JAX is first used."""
+  """Keep compilers away from accelerators of this machine; before JAX first makes a device."""
   environment.update(_ENVIRONMENT)
 
 
