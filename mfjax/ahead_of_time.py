@@ -46,9 +46,10 @@ class Memory:
 class Program:
   """One compiled program, per device.
 
-  `memory` adds up to `peak_bytes`, the compiler's own peak. Where the compiler refused for lack of
-  memory, `peak_bytes` is what it would have used and `limit_bytes` what it had; kernels and
-  collectives are not known then. Otherwise `limit_bytes` is None.
+  `memory` adds up to `peak_bytes`: the compiler's own peak, and what the device holds beside this
+  program. Where the compiler refused for lack of memory, that is what it would have used and
+  `limit_bytes` what it had; kernels and collectives are not known then. Otherwise `limit_bytes` is
+  None.
   """
 
   name: str
