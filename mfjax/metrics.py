@@ -19,26 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mfjax.config import DType, Gate, ModelConfig
-
-# Dense bf16 FLOP/s of one jax.Device by prefix of its device_kind; the longest prefix decides.
-# TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, per chip; a tpu7x chip is two devices.
-# NVIDIA: data sheets of A100, H100 (SXM, PCIe, NVL), H200 and HGX B200; half of 'with sparsity'.
-PUBLISHED_PEAKS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 2307e12 / 2,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989.4e12,
-  "NVIDIA H100 PCIe": 756e12,
-  "NVIDIA H100 NVL": 835e12,
-  "NVIDIA H200": 989.4e12,
-  "NVIDIA B200": 2250e12,
-}
+from mfjax.devices import of_kind
 
 # An expert is dead in a log interval if it got less than this part of its balanced share 1/N.
 DEAD_SHARE = 0.01
@@ -95,6 +76,12 @@ def active_parameters(model: ModelConfig) -> dict[str, int]:
   return counts
 
 
+def flops_of_routers(model: ModelConfig) -> int:
+  """Return the forward FLOPs per token of one layer's two routers."""
+  counts = (model.num_attention_experts, model.num_ff_experts)
+  return 2 * sum(_router_weights(model, count) for count in counts)
+
+
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   """Return the FLOPs of forward and backward per trained token, recomputation not counted.
 
@@ -106,9 +93,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
   experts = (
     2 * model.d_model * (model.attention_top_k * model.d_attention + model.ff_top_k * model.d_ff)
   )
-  routers = sum(
-    _router_weights(model, n) for n in (model.num_attention_experts, model.num_ff_experts)
-  )
+  routers = flops_of_routers(model) / 2
   kv = 0 if model.identity_kv else 2 * model.d_model * model.d_attention
   attention = 2 * model.attention_top_k * model.d_attention * (sequence_length + 1) / 2
   lm_head = model.d_model * model.vocab_size
@@ -127,9 +112,9 @@ class Peak:
 def device_peak(devices: Sequence[jax.Device], dtype: DType) -> Peak:
   """Return the published bf16 peak of these devices, or a measured ceiling if none is known."""
   kind = devices[0].device_kind
-  known = [prefix for prefix in PUBLISHED_PEAKS if kind.startswith(prefix)]
-  if known:
-    return Peak(PUBLISHED_PEAKS[max(known, key=len)], f"published dense bf16 peak of {kind}")
+  facts = of_kind(kind)
+  if facts is not None:
+    return Peak(facts.bf16_flops, f"published dense bf16 peak of {kind}")
   local = [device for device in devices if device.process_index == jax.process_index()]
   ceiling = matmul_ceiling(local, dtype)
   return Peak(ceiling, f"{dtype.value} matmul measured on this {kind}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,11 +80,62 @@ def _next_multiple(value: int, of: int) -> int:
   return -(-value // of) * of
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-  """Return the mesh of these devices, with explicit axes: a wrong sharding fails at trace time."""
+def slices(devices: Sequence[jax.Device], num_slices: int | None = None) -> list[list[jax.Device]]:
+  """Return the devices of each slice: what a fast network (ICI) joins.
+
+  Args:
+    devices: all of them.
+    num_slices: how many equal parts to cut the devices into, by process, where they do not know
+      their `slice_index` themselves (virtual CPU devices). By default, devices that do not know it
+      are one slice.
+
+  Raises:
+    ValueError: the slices are not equal in size.
+  """
+  found: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+  parts = [found[index] for index in sorted(found)]
+  if num_slices is not None and len(parts) == 1 and len(devices) % num_slices == 0:
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    size = len(devices) // num_slices
+    parts = [ordered[i : i + size] for i in range(0, len(devices), size)]
+  sizes = [len(part) for part in parts]
+  if len(set(sizes)) > 1 or num_slices not in (None, len(parts)):
+    wanted = "slices of equal size" if num_slices is None else f"{num_slices} equal slices"
+    raise ValueError(f"the devices form slices of {sizes} devices: {wanted} are needed")
+  return parts
+
+
+def make_mesh(
+  config: MeshConfig, devices: Sequence[jax.Device], num_slices: int | None = None
+) -> Mesh:
+  """Return the mesh of these devices, with explicit axes: a wrong sharding fails at trace time.
+
+  Over several slices (see `slices`) the outer part of `data` spans them, over the data-centre
+  network; `fsdp` and `expert` stay inside a slice.
+
+  Raises:
+    ValueError: the axes do not fit the devices, or `data` cannot span the slices. GPU hosts, which
+      JAX calls slices too, may share the other axes: their network is not that much slower.
+  """
   sizes = resolve_axis_sizes(config, len(devices))
   shape = tuple(sizes[axis] for axis in AXES)
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+  parts = slices(devices, num_slices)
+  if sizes["data"] % len(parts) and devices[0].platform != "gpu":
+    given = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    raise ValueError(
+      f"mesh {given} has no data axis over its {len(parts)} slices: make data a multiple of "
+      f"{len(parts)}, and fsdp x expert a divisor of the {len(parts[0])} devices of a slice"
+    )
+  if sizes["data"] % len(parts):
+    parts = [list(devices)]
+  inner = (sizes["data"] // len(parts), *shape[1:])
+  # An axis of 32 devices on 16 x 16 chips must share a dimension of the torus with another axis.
+  blocks = [
+    mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in parts
+  ]
+  return Mesh(np.concatenate(blocks), AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def compiler_mesh(mesh: Mesh) -> Mesh:

@@ -1,0 +1,142 @@
+"""`mfjax compile` as a user runs it: bad input here; real compiles for real targets (`target`)."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.pallas_kernels.tpu_target import needs_libtpu
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+CONFIG = '''"""A model whose kernels compile in seconds."""
+
+from mfjax.config import *
+
+
+def get_config():
+  return RunConfig(
+    model=ModelConfig(
+      vocab_size=500, d_model=128, num_layers=3, d_attention=128, d_ff=128,
+      num_attention_experts=4, num_ff_experts=4, d_gate=32,
+    ),
+    mesh=MeshConfig(fsdp=4, attention_placement=Placement.FSDP, ff_placement=Placement.FSDP),
+    data=DataConfig(sequence_length=128, batch_rows=32),
+    train=TrainConfig(microbatches=2),
+  )
+'''
+
+
+@pytest.mark.parametrize(
+  ("args", "text"),
+  [
+    ((), "--target is missing; known targets: v5e"),
+    (("--target=v5e:4x5",), "v5e has no topology '4x5'; known targets: v5e, v6e with 1x1, 2x2"),
+    (("--target=k80:8",), "unknown target 'k80'; known targets:"),
+    (("--target=v5e:4x4", "--num_slices=0"), "--num_slices=0: give at least 1"),
+    (("--target=v5e:4x4", "v5p:4x4x4"), "unexpected argument 'v5p:4x4x4'"),
+    (("--target=v5e:4x4", "--search_compiles=0"), "--search_compiles=0"),
+    (("--target=v5e:4x4", "--routing=none.json"), "none.json"),
+    (("--target=v5e:4x4", "--routing=bad.json"), "--routing=bad.json"),
+  ],
+)
+def test_malformed_is_one_sentence(mfjax, tmp_path, args, text):
+  (tmp_path / "bad.json").write_text('{"ff": [[1, 2]]}')
+  done = mfjax("compile", "--config=quickstart", *args)
+  assert (done.code, done.out) == (2, "")
+  assert len(done.err.splitlines()) == 1, done.err
+  assert done.err.startswith("mfjax compile: error: ")
+  assert text in done.err
+
+
+def _compile(cwd: pathlib.Path, *args: str) -> subprocess.CompletedProcess[str]:
+  (cwd / "small.py").write_text(CONFIG)
+  return subprocess.run(
+    [sys.executable, "-m", "launch.main", "compile", "--config=small.py", *args],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+
+
+@needs_libtpu
+def test_two_slices_of_a_tpu(tmp_path):
+  skewed = {"attention": np.ones((3, 4)).tolist(), "ff": [[5, 1, 1, 1]] * 3}
+  (tmp_path / "routing.json").write_text(json.dumps(skewed))
+  flags = ("--target=v5e:2x2", "--num_slices=2", "--json=report.json", "--routing=routing.json")
+  done = _compile(tmp_path, *flags)
+  assert (done.returncode, done.stderr) == (0, "")
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert report["mesh"] == {"data": 2, "fsdp": 4, "expert": 1}
+  assert report["config"]["kernels"]["grouped_matmul"] == "pallas_tpu"
+  train, evaluation = report["programs"]
+  assert train["pallas_kernels"] >= 13  # Forward, again for the backward pass, and backward.
+  assert evaluation["pallas_kernels"] >= 5
+  for program in report["programs"]:
+    total = sum(program["memory"].values())
+    assert total == pytest.approx(program["peak_bytes"], rel=0.05)
+    assert min(program["memory"].values()) > 0
+  # The compiler's arguments are those of the shapes: layouts pad little.
+  padding = train["memory"].get("padding of their layouts", 0)
+  assert padding < 0.05 * (train["memory"]["parameters"] + train["memory"]["optimizer state"])
+  links = {(row["kind"], row["link"]) for row in report["collectives"]}
+  assert ("all-gather", "ICI") in links
+  assert ("all-reduce", "DCN") in links
+  # Each device's part of the gradients crosses once per microbatch, in float32.
+  gradients = train["memory"]["parameters"]
+  assert report["sent_bytes"]["DCN"] == pytest.approx(2 * gradients, rel=0.2)
+  assert report["bounds"]["measured"]["compute"] >= report["bounds"]["balanced"]["compute"]
+  for text in ("fits: ", "collectives of the train step", "bounds of a train step", "assumed:"):
+    assert text in done.stdout
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  ("flags", "code", "text"),
+  [
+    (
+      ("--target=v5e:2x2", "--num_slices=2", "--config.mesh.fsdp=8"),
+      *(2, "no data axis over its 2 slices"),
+    ),
+    (("--target=v5e:4x4", "--config.mesh.fsdp=3"), 2, "does not fit 16 devices"),
+    (("--target=v5e:8x8",), 2, "data.batch_rows=128 works"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_the_target(tmp_path, flags, code, text):
+  done = _compile(tmp_path, *flags)
+  assert (done.returncode, done.stdout) == (code, "")
+  assert len(done.stderr.splitlines()) == 1, done.stderr
+  assert text in done.stderr
+
+
+@needs_libtpu
+def test_what_does_not_fit_says_what_to_change(tmp_path):
+  # One row of a batch is a device's; logits of 64 Ki tokens at once are 16 GiB and more.
+  flags = ("--config.data.sequence_length=65536", "--config.loss.chunk_tokens=65536")
+  small = ("--config.model.vocab_size=60000", "--config.kernels.stick_breaking=pallas_tpu")
+  done = _compile(tmp_path, "--target=v5e:2x2", "--noevaluation", *flags, *small)
+  assert (done.returncode, done.stderr) == (3, "")
+  assert "does not fit: " in done.stdout
+  assert "--config.loss.chunk_tokens=16384 saves about" in done.stdout
+
+
+@pytest.mark.target
+@pytest.mark.skipif(
+  importlib.util.find_spec("jax_cuda13_plugin") is None,
+  reason="needs a compiler for GPUs: pip install 'mfjax[cuda]'",
+)
+def test_gpus(tmp_path):
+  done = _compile(tmp_path, "--target=h200:4", "--json=report.json", "--noevaluation")
+  assert (done.returncode, done.stderr) == (0, "")
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert report["config"]["kernels"]["grouped_matmul"] == "pallas_gpu"
+  (train,) = report["programs"]
+  assert train["pallas_kernels"] >= 13
+  assert sum(train["memory"].values()) == pytest.approx(train["peak_bytes"], rel=0.05)
+  assert {row["link"] for row in report["collectives"]} == {"ICI"}
