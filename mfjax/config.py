@@ -75,10 +75,27 @@ class Statistics(enum.Enum):
 
 
 class Placement(enum.Enum):
-  """How one kind of expert is spread: tokens travel to experts, or weights are gathered."""
+  """How one kind of expert is spread: tokens travel to experts, or weights are gathered.
 
+  `auto`: what costs less by `mfjax/placement.py`, decided once, when a run is resolved.
+  """
+
+  AUTO = "auto"
   EXPERT = "expert"
   FSDP = "fsdp"
+
+
+class Transport(enum.Enum):
+  """How rows cross the `expert` axis; `auto` is the platform's, see `dispatch.resolve`.
+
+  `padded`: all-to-all of equal parts. `ragged`: only the rows there are. `ragged_stand_in`: the
+  same program for where ragged does not exist (CPU), with a wide padded one in its place.
+  """
+
+  AUTO = "auto"
+  PADDED = "padded"
+  RAGGED = "ragged"
+  RAGGED_STAND_IN = "ragged_stand_in"
 
 
 class Schedule(enum.Enum):
@@ -184,14 +201,20 @@ class ModelConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Checked):
-  """Devices by axis. One axis may be -1: the remaining devices."""
+  """Devices by axis (one may be -1: the remaining devices), and how experts are spread.
+
+  `exchange_buffer`: rows of the exchange's buffers, in balanced shares. `exchange_chunks`: parts in
+  which rows travel, so that one moves while another is computed.
+  """
 
   data: int = -1
   fsdp: int = 1
   expert: int = 1
-  attention_placement: Placement = Placement.EXPERT
-  ff_placement: Placement = Placement.EXPERT
+  attention_placement: Placement = Placement.AUTO
+  ff_placement: Placement = Placement.AUTO
+  transport: Transport = Transport.AUTO
   exchange_buffer: float = 1.5
+  exchange_chunks: int = 2
 
   def _validate(self) -> None:
     for axis, size in self.axis_sizes.items():
@@ -201,6 +224,7 @@ class MeshConfig(Checked):
       raise ValueError(f"{self.axis_sizes}: only one mesh axis may be -1; give the others a size")
     if self.exchange_buffer < 1:
       raise ValueError(f"exchange_buffer={self.exchange_buffer} must be at least 1: 1.5 is usual")
+    positive(self, "exchange_chunks")
 
   @property
   def axis_sizes(self) -> dict[str, int]:
@@ -209,15 +233,17 @@ class MeshConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig(Checked):
-  """Implementation of each operation that has a kernel.
+  """Implementation of each operation that has a kernel, and the compiler's options.
 
   `stick_breaking_eps`: a kernel skips the keys to the left once less than this share of the stick
   is left to every query of a tile; 0 is exact. The error of an output is at most eps times max |v|.
+  `compiler_preset`: compile the train step with the platform's options of `compiler_options.py`.
   """
 
   grouped_matmul: Implementation = Implementation.AUTO
   stick_breaking: Implementation = Implementation.AUTO
   stick_breaking_eps: float = 0.0
+  compiler_preset: bool = True
 
   def _validate(self) -> None:
     fraction(self, "stick_breaking_eps")

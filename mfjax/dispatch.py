@@ -2,12 +2,18 @@
 
 Everything here runs inside a shard_map, on one device's tokens. A slot is one choice of one token:
 slot = token * K + choice. Devices along the `expert` axis own equal, contiguous ranges of experts.
-Slots travel in rounds through a buffer of a fixed number of rows per peer; the fullest pair of
-devices decides how many rounds there are, so that nothing is dropped and memory does not grow with
-skew. Values are moved by gathers only, in both directions: no scatter of values, no atomics.
+
+Peers tell each other once per layer how many slots they have for each expert; everything else
+follows from these counts on every peer, so that only rows travel. They do so in rounds, through
+buffers of fixed size. What is fullest (padded: a pair of peers; ragged: a receiver) decides how
+many rounds there are, so that nothing is dropped and memory does not grow with skew; each round
+takes an equal window of it. At least `chunks` rounds always happen: they are unrolled, and rows of
+one can travel while those of another are computed.
+
+Values are moved by gathers only, in both directions: no scatter of values, no atomics.
 
 Shapes: S slots, R rows at the experts (groups aligned, see `pallas_kernels.grouped_matmul`),
-E experts of this device, P devices along the axis, C buffer rows per peer.
+E experts of this device, N of all, P devices along the axis, C rows of a buffer (padded: per peer).
 """
 
 import dataclasses
@@ -16,6 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mfjax import transport
+from mfjax.config import Transport
+from mfjax.transport import Slices
 from pallas_kernels.grouped_matmul import group_starts, row_alignment
 from pallas_kernels.implementation import Implementation
 
@@ -67,18 +76,20 @@ class Exchange:
 
   num_experts: int
   implementation: Implementation
-  axis: str | None
-  num_peers: int
-  buffer: float
+  axis: str | None = None
+  num_peers: int = 1
+  buffer: float = 1.5
+  transport: Transport = Transport.PADDED
+  chunks: int = 1
 
 
 class Crossing(NamedTuple):
-  """Where this device's slots go among its peers."""
+  """How the slots of all peers cross; slots sorted by expert are sorted by peer, too."""
 
-  slot_by_peer: jax.Array  # int32 [S]: slots sorted by the peer that owns their expert
-  first_by_peer: jax.Array  # int32 [P + 1]
-  position: jax.Array  # int32 [S]: place among the slots that go to the same peer
-  peer: jax.Array  # int32 [S]; P for nobody
+  slot_of_place: jax.Array  # int32 [S]: slots sorted by expert; S for nobody's, at the end
+  place_of_slot: jax.Array  # int32 [S]; S for a slot of nobody
+  counts: jax.Array  # int32 [P, N]: slots of each peer for each expert; equal on all peers
+  window: jax.Array  # int32 []: rows per round, of one pair (padded) or of one receiver (ragged)
   num_rounds: jax.Array  # int32 []
 
 
@@ -89,12 +100,20 @@ class Plan(NamedTuple):
   route: RowOrder | Crossing  # straight to rows where all experts are here, else to peers first
 
 
+class Ragged(NamedTuple):
+  """The slices that one round sends to the experts, and back."""
+
+  there: Slices
+  back: Slices
+
+
 class Round(NamedTuple):
-  """What one round moves: which slot sits in each buffer row, and the rows at the experts."""
+  """What one round moves, and the rows at the experts."""
 
   number: jax.Array  # int32 []
-  slot_of_buffer: jax.Array | None  # int32 [P * C], S where empty; None without an exchange
-  order: RowOrder
+  order: RowOrder  # of this device's slots, or of the buffer that it received
+  # What is sent: the slot in each row of the padded buffer, int32 [P * C], S where empty.
+  sent: jax.Array | Ragged | None
 
 
 def local_experts(exchange: Exchange) -> int:
@@ -103,83 +122,162 @@ def local_experts(exchange: Exchange) -> int:
 
 
 def buffer_rows(num_slots: int, exchange: Exchange) -> int:
-  """Return C: rows that a device sends to one peer in one round."""
-  return -(-int(exchange.buffer * num_slots) // exchange.num_peers)
+  """Return the rows of one round's buffer: those that a device receives, over all peers."""
+  parts = exchange.chunks
+  if exchange.transport is Transport.PADDED:
+    parts *= exchange.num_peers
+  rows = -(-int(exchange.buffer * num_slots) // parts)
+  return rows * (parts // exchange.chunks)
 
 
 def alignment(num_slots: int, exchange: Exchange) -> int:
   """Return the row alignment of groups at the experts."""
-  return row_alignment(exchange.implementation, num_slots, local_experts(exchange))
+  per_round = -(-num_slots // exchange.chunks)
+  return row_alignment(exchange.implementation, per_round, local_experts(exchange))
 
 
 def make_plan(expert_ids_S: jax.Array, exchange: Exchange) -> Plan:
   """Plan where each slot goes. Expert `num_experts` is nobody: such slots do not travel."""
-  num_slots = expert_ids_S.shape[0]
+  num_slots, num_peers = expert_ids_S.shape[0], exchange.num_peers
   if exchange.axis is None:
     order = order_rows(expert_ids_S, exchange.num_experts, alignment(num_slots, exchange))
     return Plan(expert_ids_S, order)
-  peer = expert_ids_S // local_experts(exchange)
-  peers = order_rows(peer, exchange.num_peers, 1)
-  first = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(peers.group_sizes)])
-  position = peers.row_of_slot - first[jnp.minimum(peer, exchange.num_peers - 1)]
-  rounds = -(-peers.group_sizes.max() // buffer_rows(num_slots, exchange))
-  rounds = jnp.maximum(1, jax.lax.pmax(rounds, exchange.axis))
-  return Plan(expert_ids_S, Crossing(peers.slot_of_row, first, position, peer, rounds))
+  order = order_rows(expert_ids_S, exchange.num_experts, 1)
+  counts = jax.lax.all_gather(order.group_sizes, exchange.axis)
+  sizes_PP, capacity = _pair_sizes(counts), buffer_rows(num_slots, exchange)
+  if exchange.transport is Transport.PADDED:
+    fullest, capacity = sizes_PP.max(), capacity // num_peers
+  else:
+    fullest = sizes_PP.sum(0).max()
+  rounds = jnp.maximum(exchange.chunks, -(-fullest // capacity))
+  crossing = Crossing(order.slot_of_row, order.row_of_slot, counts, -(-fullest // rounds), rounds)
+  return Plan(expert_ids_S, crossing)
+
+
+def _pair_sizes(counts: jax.Array) -> jax.Array:
+  """Return int32 [P, P]: the slots of the first peer for all experts of the second."""
+  num_peers = counts.shape[0]
+  return counts.reshape(num_peers, num_peers, -1).sum(2)
+
+
+def _before(sizes: jax.Array, axis: int) -> jax.Array:
+  """Return what stands before each element along an axis: the sum of those before it."""
+  return jnp.cumsum(sizes, axis) - sizes
 
 
 def make_round(plan: Plan, number: jax.Array, exchange: Exchange) -> Round:
   """Return the routes of round `number`; without an exchange there is one round."""
-  route = plan.route
+  route, num_slots = plan.route, plan.expert_ids.shape[0]
   if isinstance(route, RowOrder):
-    return Round(number, None, route)
-  num_slots, num_peers = plan.expert_ids.shape[0], exchange.num_peers
-  capacity = buffer_rows(num_slots, exchange)
-  place = route.first_by_peer[:-1, None] + number * capacity + jnp.arange(capacity)
-  filled = place < route.first_by_peer[1:, None]
-  slots = route.slot_by_peer[jnp.minimum(place, num_slots - 1)]
-  slot_of_buffer = jnp.where(filled, slots, num_slots).reshape(-1)
-  mine, nobody = local_experts(exchange), exchange.num_experts
-  ids = plan.expert_ids.at[slot_of_buffer].get(mode="fill", fill_value=nobody)
-  local_ids = jnp.where(ids < nobody, ids % mine, mine)
-  received = _swap(local_ids.reshape(num_peers, -1), exchange).reshape(-1)
-  order = order_rows(received, mine, alignment(num_slots, exchange))
-  return Round(number, slot_of_buffer, order)
+    return Round(number, route, None)
+  assert exchange.axis is not None
+  make = _padded_round if exchange.transport is Transport.PADDED else _ragged_round
+  me, mine = jax.lax.axis_index(exchange.axis), local_experts(exchange)
+  counts_PE = jax.lax.dynamic_slice_in_dim(route.counts, me * mine, mine, 1)
+  received, sent = make(route, counts_PE, number, me, buffer_rows(num_slots, exchange))
+  return Round(number, order_rows(received, mine, alignment(num_slots, exchange)), sent)
 
 
-def to_experts(values: jax.Array, this: Round, exchange: Exchange, per_token: int = 1) -> jax.Array:
+def _padded_round(
+  route: Crossing, counts_PE: jax.Array, number: jax.Array, me: jax.Array, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+  """Return the experts of the received rows, E where empty, and the slots to send."""
+  num_peers = counts_PE.shape[0]
+  sizes_P = _pair_sizes(route.counts)[me]
+  num_slots = route.slot_of_place.shape[0]
+  row = jnp.arange(num_rows // num_peers)
+  rank = jnp.where(row < route.window, number * route.window + row, num_slots)
+  ends = jnp.cumsum(counts_PE, 1)
+  received = (rank[None, :, None] >= ends[:, None, :]).sum(2, dtype=jnp.int32)
+  place = jnp.where(rank < sizes_P[:, None], _before(sizes_P, 0)[:, None] + rank, num_slots)
+  slots = route.slot_of_place.at[place].get(mode="fill", fill_value=num_slots)
+  return received.reshape(-1), slots.reshape(-1)
+
+
+def _ragged_round(
+  route: Crossing, counts_PE: jax.Array, number: jax.Array, me: jax.Array, num_rows: int
+) -> tuple[jax.Array, Ragged]:
+  """Return the experts of the received rows, E where empty, and the slices to send.
+
+  All that a device ever receives stands in one long list, sorted by sender; a round takes the next
+  window of it.
+  """
+  mine = counts_PE.shape[1]
+  sizes_PP = _pair_sizes(route.counts)
+  first = number * route.window
+  at_sender, at_receiver = _before(sizes_PP, 1), _before(sizes_PP, 0)
+  low = jnp.clip(first - at_receiver, 0, sizes_PP)
+  high = jnp.clip(first + route.window - at_receiver, 0, sizes_PP)
+  sizes = high - low
+  at_sender = at_sender + low
+  at_receiver = jnp.where(sizes > 0, at_receiver + low - first, 0)
+  there = Slices(at_sender[me], sizes[me], at_receiver[me], sizes[:, me])
+  back = Slices(at_receiver[:, me], sizes[:, me], at_sender[:, me], sizes[me])
+  row = jnp.arange(num_rows)
+  ends = jnp.cumsum(counts_PE.reshape(-1))
+  passed = (first + row[:, None] >= ends).sum(1, dtype=jnp.int32)
+  is_filled = (row < route.window) & (passed < ends.shape[0])
+  return jnp.where(is_filled, passed % mine, mine), Ragged(there, back)
+
+
+def to_experts(
+  values: jax.Array, plan: Plan, this: Round, exchange: Exchange, per_token: int = 1
+) -> jax.Array:
   """Return [R, ...]: the values of the slots in expert order; unused rows are unspecified.
 
   Args:
     values: [S // per_token, ...], one per slot, or one per token with `per_token` = K.
-    this: the round. exchange: static.
+    plan: of the layer. this: the round. exchange: static.
     per_token: slots per value.
   """
-  if this.slot_of_buffer is None:
+  route = plan.route
+  if isinstance(route, RowOrder):
     return take(values, this.order.slot_of_row // per_token)
-  buffer = take(values, this.slot_of_buffer // per_token)
-  buffer = buffer.reshape(exchange.num_peers, -1, *values.shape[1:])
-  received = _swap(buffer, exchange).reshape(-1, *values.shape[1:])
+  assert exchange.axis is not None
+  if isinstance(this.sent, Ragged):
+    sorted_values = take(values, route.slot_of_place // per_token)
+    rows = buffer_rows(plan.expert_ids.shape[0], exchange)
+    empty = jnp.zeros((rows, *values.shape[1:]), values.dtype)
+    there = this.sent.there
+    received = transport.send(sorted_values, empty, there, exchange.axis, exchange.transport)
+  else:
+    assert this.sent is not None
+    buffer = take(values, this.sent // per_token)
+    buffer = buffer.reshape(exchange.num_peers, -1, *values.shape[1:])
+    received = transport.swap(buffer, exchange.axis).reshape(-1, *values.shape[1:])
   return take(received, this.order.slot_of_row)
 
 
 def to_home(
   rows: jax.Array, plan: Plan, this: Round, exchange: Exchange, so_far: jax.Array | None
 ) -> jax.Array:
-  """Return [S, ...]: each slot's row, 0 for nobody's; slots of other rounds keep `so_far`."""
+  """Return [S, ...]: each slot's row; slots of other rounds keep `so_far`. See `settle`."""
   route = plan.route
+  sent = take(rows, this.order.row_of_slot)
   if isinstance(route, RowOrder):
-    return take(rows, this.order.row_of_slot)
-  sent = take(rows, this.order.row_of_slot).reshape(exchange.num_peers, -1, *rows.shape[1:])
-  back = _swap(sent, exchange).reshape(-1, *rows.shape[1:])
+    return sent
+  assert exchange.axis is not None
+  if isinstance(this.sent, Ragged):
+    if so_far is None:
+      so_far = jnp.zeros((plan.expert_ids.shape[0], *rows.shape[1:]), rows.dtype)
+    return transport.send(sent, so_far, this.sent.back, exchange.axis, exchange.transport)
+  buffer = sent.reshape(exchange.num_peers, -1, *rows.shape[1:])
+  back = transport.swap(buffer, exchange.axis).reshape(-1, *rows.shape[1:])
   capacity = back.shape[0] // exchange.num_peers
-  offset = route.position - this.number * capacity
-  here = (offset >= 0) & (offset < capacity) & (route.peer < exchange.num_peers)
-  values = take(back, jnp.where(here, route.peer * capacity + offset, back.shape[0]))
+  peer = plan.expert_ids // local_experts(exchange)
+  sizes_P = _pair_sizes(route.counts)[jax.lax.axis_index(exchange.axis)]
+  first = _before(sizes_P, 0) + this.number * route.window
+  offset = route.place_of_slot - first[jnp.minimum(peer, exchange.num_peers - 1)]
+  here = (offset >= 0) & (offset < route.window) & (peer < exchange.num_peers)
+  values = take(back, jnp.where(here, peer * capacity + offset, back.shape[0]))
   if so_far is None:
     return values
   return jnp.where(here.reshape(-1, *(1,) * (rows.ndim - 1)), values, so_far)
 
 
-def _swap(buffer: jax.Array, exchange: Exchange) -> jax.Array:
-  """Send buffer[p] to peer p; the result's p-th part came from peer p."""
-  return jax.lax.all_to_all(buffer, exchange.axis, 0, 0)
+def settle(values: jax.Array, plan: Plan, exchange: Exchange) -> jax.Array:
+  """Return the sums of `to_home` over all rounds, [S, ...], by slot; 0 for nobody's."""
+  is_padded = exchange.transport is Transport.PADDED
+  if isinstance(plan.route, RowOrder) or is_padded:
+    return values
+  return take(values, plan.route.place_of_slot)

@@ -16,7 +16,7 @@ E experts of one device, D d_model, F d_ff (or d_attention).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,7 @@ def expert_layout(
   """Return the layout for the mesh in context (`jax.set_mesh`)."""
   sizes = jax.sharding.get_abstract_mesh().shape
   num_peers = sizes["expert"]
+  assert num_peers == 1 or placement is not Placement.AUTO, "the config is not resolved"
   crosses = placement is Placement.EXPERT and num_peers > 1
   exchange = Exchange(
     num_experts=num_experts,
@@ -63,6 +64,8 @@ def expert_layout(
     axis="expert" if crosses else None,
     num_peers=num_peers if crosses else 1,
     buffer=mesh.exchange_buffer,
+    transport=mesh.transport,
+    chunks=mesh.exchange_chunks if crosses else 1,
   )
   axes = ("fsdp",) if placement is Placement.EXPERT else WEIGHT_AXES
   return ExpertLayout(exchange, top_k, tuple(axis for axis in axes if sizes[axis] > 1))
@@ -87,11 +90,15 @@ class _Products:
       "implementation": layout.exchange.implementation,
     }
 
+  def kept(self, rows: jax.Array) -> jax.Array | None:
+    """Return rows that the backward pass should not exchange again; gathering them is cheap."""
+    return None if self.exchange.axis is None else rows
+
   def token_rows(self, x_TD: jax.Array) -> jax.Array:
-    return dispatch.to_experts(x_TD, self.this, self.exchange, self.top_k)
+    return dispatch.to_experts(x_TD, self.plan, self.this, self.exchange, self.top_k)
 
   def slot_rows(self, x_SF: jax.Array) -> jax.Array:
-    return dispatch.to_experts(x_SF, self.this, self.exchange)
+    return dispatch.to_experts(x_SF, self.plan, self.this, self.exchange)
 
   def slots(self, rows: jax.Array, so_far: jax.Array | None) -> jax.Array:
     return dispatch.to_home(rows, self.plan, self.this, self.exchange, so_far)
@@ -117,11 +124,32 @@ class _Products:
     return product if total is None else total + product
 
 
-def _rounds(plan: Plan, first: Any, later: Callable[[jax.Array, Any], Any]) -> Any:
-  """Fold `later(index, carry)` over the rounds after the first, which gave `first`."""
+def _rounds(
+  plan: Plan,
+  layout: ExpertLayout,
+  run: Callable[[jax.Array, Any, Any], tuple[Any, Any]],
+  kept: Sequence[Any] = (),
+) -> tuple[Any, list[Any]]:
+  """Fold `run(index, sums, kept) -> (sums, what to keep)` over all rounds, from sums None on.
+
+  The rounds that always happen are unrolled: rows of one can travel while another's are computed.
+  Only they keep something for the backward pass, whose `run` gets it. Later ones happen only under
+  skew: memory stays flat.
+  """
+  chunks = layout.exchange.chunks
+  sums, made = None, []
+  for index in range(chunks):
+    sums, keep = run(jnp.int32(index), sums, kept[index] if kept else None)
+    made.append(keep)
   if isinstance(plan.route, RowOrder):
-    return first
-  return jax.lax.fori_loop(1, plan.route.num_rounds, later, first)
+    return sums, made
+  later = lambda index, sums: run(index, sums, None)[0]  # noqa: E731
+  return jax.lax.fori_loop(chunks, plan.route.num_rounds, later, sums), made
+
+
+def _home(values: jax.Array, plan: Plan, layout: ExpertLayout) -> jax.Array:
+  """Return [S, ...]: what all rounds brought home, by slot."""
+  return dispatch.settle(values, plan, layout.exchange)
 
 
 def _gather(weights: jax.Array, dim: int, layout: ExpertLayout, dtype: Any) -> jax.Array:
@@ -190,29 +218,30 @@ def _feed_forward(
   w_in_full = _gather(w_in, 1, layout, dtype)
   w_out_full = _gather(w_out, 2, layout, dtype)
 
-  def run(index: jax.Array, y_SD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  def run(index: jax.Array, y_SD: jax.Array | None, _: None) -> tuple[jax.Array, Any]:
     products = _Products(plan, index, layout)
-    hidden, activation = products.matmul_gelu(products.token_rows(x_TD), w_in_full)
+    x_rows = products.token_rows(x_TD)
+    hidden, activation = products.matmul_gelu(x_rows, w_in_full)
     hidden = checkpoint_name(hidden, SAVED_HIDDEN)
     y_rows = products.matmul(activation, w_out_full)
-    return products.slots(y_rows, y_SD), hidden
+    return products.slots(y_rows, y_SD), (hidden, products.kept(x_rows))
 
-  y_SD, hidden = run(jnp.int32(0), None)
-  y_SD = _rounds(plan, y_SD, lambda index, y_SD: run(index, y_SD)[0])
-  # Later rounds happen only under skew: their hidden rows are computed again, memory stays flat.
-  return _weighted_sum(y_SD, p_TK, dtype), (x_TD, p_TK, w_in, w_out, plan, hidden)
+  y_SD, kept = _rounds(plan, layout, run)
+  y_SD = _home(y_SD, plan, layout)
+  return _weighted_sum(y_SD, p_TK, dtype), (x_TD, p_TK, w_in, w_out, plan, kept)
 
 
 def _feed_forward_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -> Any:
-  x_TD, p_TK, w_in, w_out, plan, hidden = saved
+  x_TD, p_TK, w_in, w_out, plan, kept = saved
   dtype = x_TD.dtype
   w_in_full = _gather(w_in, 1, layout, dtype)
   w_out_full = _gather(w_out, 2, layout, dtype)
 
-  def run(index: jax.Array, hidden: jax.Array | None, sums: Any) -> Any:
+  def run(index: jax.Array, sums: Any, kept: Any) -> tuple[Any, None]:
     dx_SD, dp_S, dw_in, dw_out = sums or (None, None, None, None)
     products = _Products(plan, index, layout)
-    x_rows = products.token_rows(x_TD)
+    hidden, x_rows = kept or (None, None)
+    x_rows = products.token_rows(x_TD) if x_rows is None else x_rows
     if hidden is None:
       hidden = products.matmul(x_rows, w_in_full)
     dy_rows = products.token_rows(dy_TD)
@@ -222,11 +251,11 @@ def _feed_forward_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -
     dw_out = products.outer(weighted, dy_rows, dw_out, w_out.dtype)
     dw_in = products.outer(x_rows, d_hidden, dw_in, w_in.dtype)
     dx_SD = products.slots(products.matmul(d_hidden, w_in_full, transpose=True), dx_SD)
-    return dx_SD, dp_S, dw_in, dw_out
+    return (dx_SD, dp_S, dw_in, dw_out), None
 
-  sums = run(jnp.int32(0), hidden, None)
-  dx_SD, dp_S, dw_in, dw_out = _rounds(plan, sums, lambda i, sums: run(i, None, sums))
-  dx_TD = _sum_choices(dx_SD, layout.top_k, dtype)
+  (dx_SD, dp_S, dw_in, dw_out), _ = _rounds(plan, layout, run, kept)
+  dx_TD = _sum_choices(_home(dx_SD, plan, layout), layout.top_k, dtype)
+  dp_S = _home(dp_S, plan, layout)
   dw_in = _scatter(dw_in, 1, layout, w_in.dtype)
   dw_out = _scatter(dw_out, 2, layout, w_out.dtype)
   return dx_TD, dp_S.reshape(p_TK.shape), dw_in, dw_out, None
@@ -249,29 +278,35 @@ def _project_in(
 ) -> tuple[jax.Array, Any]:
   w_full = _gather(w, 1, layout, x_TD.dtype)
 
-  def run(index: jax.Array, q_SF: jax.Array | None) -> jax.Array:
+  def run(index: jax.Array, q_SF: jax.Array | None, _: None) -> tuple[jax.Array, Any]:
     products = _Products(plan, index, layout)
-    return products.slots(products.matmul(products.token_rows(x_TD), w_full), q_SF)
+    x_rows = products.token_rows(x_TD)
+    return products.slots(products.matmul(x_rows, w_full), q_SF), products.kept(x_rows)
 
+  q_SF, kept = _rounds(plan, layout, run)
+  q_SF = _home(q_SF, plan, layout)
   # The barrier: what is saved is a copy, or XLA would gather the rows once more to save them.
-  q_SF = jax.lax.optimization_barrier(_rounds(plan, run(jnp.int32(0), None), run))
+  q_SF = jax.lax.optimization_barrier(q_SF)
   q_SF = checkpoint_name(q_SF, SAVED_QUERY)
-  return q_SF, (x_TD, w, plan)
+  return q_SF, (x_TD, w, plan, kept)
 
 
 def _project_in_backward(layout: ExpertLayout, saved: Any, dq_SF: jax.Array) -> Any:
-  x_TD, w, plan = saved
+  x_TD, w, plan, kept = saved
   w_full = _gather(w, 1, layout, x_TD.dtype)
 
-  def run(index: jax.Array, sums: Any) -> Any:
+  def run(index: jax.Array, sums: Any, x_rows: jax.Array | None) -> tuple[Any, None]:
     dx_SD, dw = sums or (None, None)
     products = _Products(plan, index, layout)
     dq_rows = products.slot_rows(dq_SF)
-    dw = products.outer(products.token_rows(x_TD), dq_rows, dw, w.dtype)
-    return products.slots(products.matmul(dq_rows, w_full, transpose=True), dx_SD), dw
+    x_rows = products.token_rows(x_TD) if x_rows is None else x_rows
+    dw = products.outer(x_rows, dq_rows, dw, w.dtype)
+    dx_SD = products.slots(products.matmul(dq_rows, w_full, transpose=True), dx_SD)
+    return (dx_SD, dw), None
 
-  dx_SD, dw = _rounds(plan, run(jnp.int32(0), None), run)
-  return _sum_choices(dx_SD, layout.top_k, x_TD.dtype), _scatter(dw, 1, layout, w.dtype), None
+  (dx_SD, dw), _ = _rounds(plan, layout, run, kept)
+  dx_TD = _sum_choices(_home(dx_SD, plan, layout), layout.top_k, x_TD.dtype)
+  return dx_TD, _scatter(dw, 1, layout, w.dtype), None
 
 
 project_in.defvjp(_project_in, _project_in_backward)
@@ -290,28 +325,33 @@ def _project_out(
 ) -> tuple[jax.Array, Any]:
   w_full = _gather(w, 2, layout, o_SF.dtype)
 
-  def run(index: jax.Array, y_SD: jax.Array | None) -> jax.Array:
+  def run(index: jax.Array, y_SD: jax.Array | None, _: None) -> tuple[jax.Array, Any]:
     products = _Products(plan, index, layout)
-    return products.slots(products.matmul(products.slot_rows(o_SF), w_full), y_SD)
+    o_rows = products.slot_rows(o_SF)
+    return products.slots(products.matmul(o_rows, w_full), y_SD), products.kept(o_rows)
 
-  y_SD = _rounds(plan, run(jnp.int32(0), None), run)
-  return _weighted_sum(y_SD, p_TK, o_SF.dtype), (o_SF, p_TK, w, plan)
+  y_SD, kept = _rounds(plan, layout, run)
+  y_SD = _home(y_SD, plan, layout)
+  return _weighted_sum(y_SD, p_TK, o_SF.dtype), (o_SF, p_TK, w, plan, kept)
 
 
 def _project_out_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -> Any:
-  o_SF, p_TK, w, plan = saved
+  o_SF, p_TK, w, plan, kept = saved
   dtype = o_SF.dtype
   w_full = _gather(w, 2, layout, dtype)
-  weighted_SF = (o_SF * p_TK.reshape(-1, 1)).astype(dtype)
 
-  def run(index: jax.Array, sums: Any) -> Any:
+  def run(index: jax.Array, sums: Any, o_rows: jax.Array | None) -> tuple[Any, None]:
     u_SF, dw = sums or (None, None)
     products = _Products(plan, index, layout)
     dy_rows = products.token_rows(dy_TD)
-    dw = products.outer(products.slot_rows(weighted_SF), dy_rows, dw, w.dtype)
-    return products.slots(products.matmul(dy_rows, w_full, transpose=True), u_SF), dw
+    o_rows = products.slot_rows(o_SF) if o_rows is None else o_rows
+    weighted = (o_rows * products.slot_rows(p_TK.reshape(-1))[:, None]).astype(dtype)
+    dw = products.outer(weighted, dy_rows, dw, w.dtype)
+    u_SF = products.slots(products.matmul(dy_rows, w_full, transpose=True), u_SF)
+    return (u_SF, dw), None
 
-  u_SF, dw = _rounds(plan, run(jnp.int32(0), None), run)
+  (u_SF, dw), _ = _rounds(plan, layout, run, kept)
+  u_SF = _home(u_SF, plan, layout)
   dp_TK = _dot(o_SF, u_SF).reshape(p_TK.shape)
   do_SF = (u_SF * p_TK.reshape(-1, 1)).astype(dtype)
   return do_SF, dp_TK, _scatter(dw, 2, layout, w.dtype), None

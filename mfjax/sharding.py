@@ -144,7 +144,7 @@ def compiler_mesh(mesh: Mesh) -> Mesh:
 
 
 def spec(axes: Axes, config: MeshConfig) -> P:
-  """Return the partition of a parameter with these logical axes."""
+  """Return the partition of a parameter with these logical axes; AUTO, undecided, as gathered."""
   rules: dict[str | None, str | tuple[str, ...] | None] = {"d_model": WEIGHT_AXES}
   for kind, placement in (("attention", config.attention_placement), ("ff", config.ff_placement)):
     exchanged = placement is Placement.EXPERT

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfjax import dispatch, sharding
-from mfjax.config import MeshConfig
+from mfjax.config import MeshConfig, Transport
 from mfjax.dispatch import Exchange
 from mfjax.sharding import P
 from pallas_kernels.grouped_matmul import group_starts
@@ -33,8 +33,9 @@ def test_order_is_a_stable_sort_and_its_inverse(ids, alignment):
 
 
 @pytest.mark.parametrize("skew", ["uniform", "all to one", "half skewed", "some to nobody"])
-@pytest.mark.parametrize("buffer", [1.0, 1.5])
-def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
+@pytest.mark.parametrize("transport", [Transport.PADDED, Transport.RAGGED_STAND_IN])
+@pytest.mark.parametrize(("buffer", "chunks"), [(1.0, 1), (1.5, 1), (1.5, 2)])
+def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer, chunks, transport):
   num_experts, top_k, tokens = 8, 2, 24
   mesh = sharding.make_mesh(MeshConfig(data=2, expert=4), jax.devices())
   rng = np.random.default_rng(0)
@@ -46,7 +47,7 @@ def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
   if skew == "some to nobody":
     ids[::3] = num_experts
   x = rng.standard_normal((8 * tokens, 4)).astype(np.float32)
-  exchange = Exchange(num_experts, Implementation.XLA, "expert", 4, buffer)
+  exchange = Exchange(num_experts, Implementation.XLA, "expert", 4, buffer, transport, chunks)
 
   def local(x, ids):
     plan = dispatch.make_plan(ids, exchange)
@@ -54,7 +55,7 @@ def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
 
     def run(index, so_far):
       this = dispatch.make_round(plan, index, exchange)
-      rows = dispatch.to_experts(x, this, exchange, top_k)
+      rows = dispatch.to_experts(x, plan, this, exchange, top_k)
       sizes = this.order.group_sizes
       starts = group_starts(sizes, dispatch.alignment(ids.shape[0], exchange))
       row = jnp.arange(rows.shape[0])[:, None]
@@ -66,6 +67,7 @@ def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
 
     first = run(jnp.int32(0), None)
     home = jax.lax.fori_loop(1, plan.route.num_rounds, run, first)
+    home = dispatch.settle(home, plan, exchange)
     # A collective over the other axis meets groups that looped for different times.
     groups = jax.lax.psum(jnp.float32(1), "data")
     return home * groups / 2, plan.route.num_rounds[None]
@@ -81,6 +83,6 @@ def test_dispatch_then_combine_is_the_identity_across_devices(skew, buffer):
   np.testing.assert_allclose(home, expected, rtol=1e-6)
   first, second = np.asarray(rounds).reshape(2, 4)
   assert len(set(first)) == len(set(second)) == 1
-  most = int(np.ceil(4 / buffer))
+  most = int(np.ceil(4 / buffer * chunks))
   assert (first[0] == most) == (skew == "all to one")
   assert (second[0] == most) == (skew in ("all to one", "half skewed"))

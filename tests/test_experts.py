@@ -89,7 +89,7 @@ def test_layer_and_gradients_equal_dense_with_nan_in_unused_rows(layer, monkeypa
 @pytest.mark.parametrize("routing", ["balanced", "one row each, then all to one"])
 def test_computed_rows_stay_near_the_active_ones(routing):
   num_slots, num_experts = 4096 * 2, 32
-  exchange = Exchange(num_experts, Implementation.XLA, None, 1, 1.5)
+  exchange = Exchange(num_experts, Implementation.XLA)
   tile = dispatch.alignment(num_slots, exchange)
   ids = np.arange(num_slots) % num_experts
   if routing != "balanced":  # The most that padding can cost: 31 tiles for 31 rows.
