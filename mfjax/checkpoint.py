@@ -16,6 +16,7 @@ among the kept and refuse to write it again. Its v1 API is still `experimental` 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import json
@@ -23,8 +24,9 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -49,6 +51,10 @@ _REPLACED = ".replaced"
 _WRITING_THREADS = 4  # Of a `BlockArray`'s blocks.
 
 _Result = TypeVar("_Result")
+
+
+class _CorruptStepError(Exception):
+  """A step's files are not as they were written."""
 
 
 class CheckpointSaveError(Exception):
@@ -99,6 +105,7 @@ class Checkpointer:
     )
     self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: concurrent.futures.Future[int] | None = None
+    self._abandoned = threading.Event()
     self._newest: int | None = None  # The step that this run last restored or saved.
     self.blocked_seconds = 0.0  # How long the last `save` kept its caller.
 
@@ -114,7 +121,13 @@ class Checkpointer:
     return [step for step in self.latest_steps() if digests.exist(self._path(step))]
 
   def save(
-    self, step: int, state: Mapping[str, Any], data_state: dict[str, Any], *, force: bool = False
+    self,
+    step: int,
+    state: Mapping[str, Any],
+    data_state: dict[str, Any],
+    *,
+    force: bool = False,
+    prove: Callable[[], None] | None = None,
   ) -> bool:
     """Copy `state` to the host and write it in the background; return whether a save began.
 
@@ -122,7 +135,8 @@ class Checkpointer:
     saved or restored. `state` holds `params`, `optimizer` and scalars; its buffers may be donated
     as soon as this returns. Without `optimizer` the step is one to begin from: its leaves may be
     `BlockArray`s, which are computed as they are written. A previous save that is still running is
-    waited for.
+    waited for. `prove` is called when all is on the disk, while digests are computed: it may read
+    the step; if it raises, the save fails and the step goes.
 
     Raises:
       CheckpointSaveError: this save could not begin, or the previous one failed (then this one was
@@ -152,7 +166,7 @@ class Checkpointer:
       self._orbax.save(self._path(step), args=ocp.args.Composite(**items))
     except Exception as error:
       raise self._save_error(step, num_bytes, error) from error
-    self._pending = self._background.submit(self._finish, step, num_bytes)
+    self._pending = self._background.submit(self._finish, step, num_bytes, prove)
     self.blocked_seconds = time.perf_counter() - begin
     return True
 
@@ -170,6 +184,10 @@ class Checkpointer:
     if self._pending is not None:
       pending, self._pending = self._pending, None
       self._newest = pending.result()
+
+  def abandon(self) -> None:
+    """Let the save under way fail soon, if it is at its digests; the step goes."""
+    self._abandoned.set()
 
   def close(self) -> None:
     """Wait as `wait` does, then release all threads."""
@@ -230,6 +248,45 @@ class Checkpointer:
     """
     return self._use(("params",), step, self.open_step)
 
+  def use_params(
+    self, use: Callable[[Opened, Callable[[], None]], _Result], step: int | None = None
+  ) -> _Result | None:
+    """Return what `use` makes of the parameters of the newest good step, or of `step`.
+
+    `use(opened, confirm)` begins while the step's files are still being read and held against their
+    digests. It calls `confirm` before anything of what it makes can be seen: that waits for the end
+    of the check, and raises if a file is not as it was written. Then the next older step is used.
+    For one process alone.
+
+    Returns:
+      None if no step was ever completed.
+
+    Raises:
+      ValueError: steps exist but none is usable.
+      Exception: `use` failed, on a step that is good.
+    """
+    if step is None and not self.latest_steps():
+      return None
+    rejected: list[str] = []
+    for candidate, has_digests in self._order(step):
+      if not has_digests:
+        self._warn_unverified(candidate)
+        return use(self.open_step(candidate), lambda: None)
+      with contextlib.closing(digests.Check(self._path(candidate), ("params", _RUN_ITEM))) as check:
+
+        def confirm(step: int = candidate, check: digests.Check = check) -> None:
+          if problems := check.problems():
+            raise _CorruptStepError(self._corruption(step, problems))
+
+        try:
+          return use(self.open_step(candidate), confirm)
+        except Exception:  # Of a damaged file, maybe.
+          if not check.problems():
+            raise
+          rejected.append(self._corruption(candidate, check.problems()))
+          _LOG.warning("%s: passed over", rejected[-1])
+    raise self._none_usable(step, rejected)
+
   def open_step(self, step: int) -> Opened:
     """Open the parameters of a step whose files are not held against their digests first."""
     run = self._read_run(step)
@@ -241,12 +298,12 @@ class Checkpointer:
   def _path(self, step: int) -> epath.Path:
     return self._directory / str(step)
 
-  def _finish(self, step: int, num_bytes: int) -> int:
+  def _finish(self, step: int, num_bytes: int, prove: Callable[[], None] | None) -> int:
     """Commit `step`, write its digests, delete what is due; runs in the background."""
     try:
       self._orbax.wait_until_finished()
       if jax.process_index() == 0:
-        digests.write(self._path(step))
+        digests.write(self._path(step), meanwhile=prove, stop=self._abandoned)
     except Exception as error:
       if jax.process_index() == 0:
         _remove(self._path(step))
@@ -329,9 +386,12 @@ class Checkpointer:
           raise ValueError(problem) from error
         rejected.append(problem)
         _LOG.warning("%s: passed over", rejected[-1])
+    raise self._none_usable(step, rejected)
+
+  def _none_usable(self, step: int | None, rejected: Iterable[str]) -> ValueError:
     wanted = "" if step is None else f" as step {step}"
     problems = "; ".join(rejected) or f"there are {self.latest_steps()}"
-    raise ValueError(
+    return ValueError(
       f"no checkpoint in {self._directory} is usable{wanted}: {problems}: "
       "bring back a copy of one, or begin in another workdir"
     )
@@ -340,23 +400,31 @@ class Checkpointer:
     self, items: Iterable[str], only: int | None, rejected: list[str]
   ) -> Iterator[tuple[int, bool]]:
     """Yield (step, whether it is verified), best first; append what is wrong with the others."""
-    unverified = []
-    for step in self.latest_steps():
-      path = self._path(step)
-      if only not in (None, step):
-        continue
-      if not digests.exist(path):
-        unverified.append(step)
-        _LOG.warning("step %d in %s is unverified: it has no digests", step, self._directory)
-      elif problems := digests.find_problems(path, (*items, _RUN_ITEM)):
-        named = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" * (len(problems) > 3))
-        rejected.append(f"step {step} in {self._directory} is corrupt: {named}")
+    for step, has_digests in self._order(only):
+      if not has_digests:
+        self._warn_unverified(step)
+        yield step, False
+      elif problems := digests.find_problems(self._path(step), (*items, _RUN_ITEM)):
+        rejected.append(self._corruption(step, problems))
         _LOG.warning("%s: passed over", rejected[-1])
       else:
         yield step, True
-    for step in unverified:
-      _LOG.warning("no verified step is left: trying step %d, which nothing verifies", step)
-      yield step, False
+
+  def _order(self, only: int | None) -> list[tuple[int, bool]]:
+    """Return (step, whether it has digests) in the order in which steps are tried."""
+    steps = [step for step in self.latest_steps() if only in (None, step)]
+    has_digests = {step: digests.exist(self._path(step)) for step in steps}
+    for step in steps:
+      if not has_digests[step]:
+        _LOG.warning("step %d in %s is unverified: it has no digests", step, self._directory)
+    return sorted(has_digests.items(), key=lambda item: not item[1])
+
+  def _warn_unverified(self, step: int) -> None:
+    _LOG.warning("no verified step is left: trying step %d, which nothing verifies", step)
+
+  def _corruption(self, step: int, problems: Sequence[str]) -> str:
+    named = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" * (len(problems) > 3))
+    return f"step {step} in {self._directory} is corrupt: {named}"
 
   def _read_step(
     self, step: int, abstract: Mapping[str, Any]

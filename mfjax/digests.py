@@ -10,7 +10,8 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from etils import epath
@@ -18,10 +19,16 @@ from etils import epath
 FILE_NAME = "digests.json"
 
 _ALGORITHM = "sha256"
-_THREADS = 8  # hashlib releases the GIL; memory stays at one 256 KiB buffer a thread.
+_THREADS = 8  # hashlib releases the GIL; memory stays at one buffer a thread.
+_BUFFER_BYTES = 2**20
 _PENDING_SUFFIX = ".tmp"
 
 _Result = TypeVar("_Result")
+_Files = Mapping[str, tuple[int, str]]  # Size and digest by name.
+
+
+class StoppedError(Exception):
+  """Reading was told to stop."""
 
 
 def replace_text(path: epath.Path, text: str) -> None:
@@ -60,22 +67,40 @@ def exist(directory: epath.Path) -> bool:
   return (directory / FILE_NAME).exists()
 
 
-def write(directory: epath.Path) -> None:
+def write(
+  directory: epath.Path,
+  *,
+  meanwhile: Callable[[], None] | None = None,
+  stop: threading.Event | None = None,
+) -> None:
   """Write size and digest of every file below `directory` into it, atomically.
+
+  `meanwhile` runs beside the reading; if it raises, so does this, and nothing is written.
 
   Raises:
     OSError: a file cannot be read, or the digests not written (full disk).
+    StoppedError: `stop` was set.
   """
-  files = dict(
-    _in_threads(lambda name: (name, _measure(directory / name)), sorted(_names(directory)))
-  )
+  with concurrent.futures.ThreadPoolExecutor(1, "beside digests") as beside:
+    other = beside.submit(meanwhile or (lambda: None))
+    names = sorted(_names(directory))
+    files = dict(_in_threads(lambda name: (name, _measure(directory / name, stop)), names))
+    other.result()
   replace_text(directory / FILE_NAME, json.dumps({"algorithm": _ALGORITHM, "files": files}))
 
 
-def find_problems(directory: epath.Path, parts: Iterable[str] | None = None) -> list[str]:
+def find_problems(
+  directory: epath.Path,
+  parts: Iterable[str] | None = None,
+  *,
+  stop: threading.Event | None = None,
+) -> list[str]:
   """Return one phrase for each file that is not as it was when the digests were written.
 
   `parts` limits the check to these sub-directories and the files beside them.
+
+  Raises:
+    StoppedError: `stop` was set.
   """
   try:
     recorded = json.loads((directory / FILE_NAME).read_text())
@@ -87,8 +112,26 @@ def find_problems(directory: epath.Path, parts: Iterable[str] | None = None) -> 
   if parts is not None:
     wanted = set(parts)
     files = {n: f for n, f in files.items() if "/" not in n or n.partition("/")[0] in wanted}
-  problems = _in_threads(lambda name: _problem(directory / name, name, *files[name]), sorted(files))
+  problems = _in_threads(lambda name: _problem(directory / name, name, files, stop), sorted(files))
   return [problem for problem in problems if problem]
+
+
+class Check:
+  """Holds a directory's files against their digests in the background, as `find_problems` does."""
+
+  def __init__(self, directory: epath.Path, parts: Iterable[str] | None = None) -> None:
+    self._stop = threading.Event()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "check")
+    self._problems = self._thread.submit(find_problems, directory, parts, stop=self._stop)
+
+  def problems(self) -> list[str]:
+    """Wait until all is read and return one phrase for each file that is not as it was."""
+    return self._problems.result()
+
+  def close(self) -> None:
+    """Let what is still being read be."""
+    self._stop.set()
+    self._thread.shutdown()
 
 
 def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
@@ -105,18 +148,24 @@ def _in_threads(function: Callable[[str], _Result], names: Iterable[str]) -> lis
     return list(threads.map(function, names))
 
 
-def _measure(path: epath.Path) -> tuple[int, str]:
+def _measure(path: epath.Path, stop: threading.Event | None) -> tuple[int, str]:
+  digest, size, buffer = hashlib.new(_ALGORITHM), 0, memoryview(bytearray(_BUFFER_BYTES))
   with path.open("rb") as file:
-    digest = hashlib.file_digest(file, _ALGORITHM).hexdigest()
-    return file.tell(), digest
+    while count := file.readinto(buffer):
+      if stop is not None and stop.is_set():
+        raise StoppedError(f"reading {path} was stopped")
+      digest.update(buffer[:count])
+      size += count
+  return size, digest.hexdigest()
 
 
-def _problem(path: epath.Path, name: str, size: int, digest: str) -> str:
+def _problem(path: epath.Path, name: str, files: _Files, stop: threading.Event | None) -> str:
+  size, digest = files[name]
   try:
     found_size = path.stat().length  # Answers for a truncated file without reading it.
     if found_size != size:
       return f"{name} has {found_size} of {size} bytes"
-    return "" if _measure(path)[1] == digest else f"{name} differs from its digest"
+    return "" if _measure(path, stop)[1] == digest else f"{name} differs from its digest"
   except FileNotFoundError:
     return f"{name} is missing"
   except OSError as error:

@@ -359,7 +359,7 @@ def test_save_returns_before_the_digests_and_nothing_is_deleted_before_them(
 def test_a_failed_save_surfaces_and_leaves_nothing(
   two_steps, open_checkpointer, states, monkeypatch
 ):
-  def fail(directory):
+  def fail(directory, **_):
     raise OSError(28, "No space left on device")
 
   checkpointer = open_checkpointer()

@@ -6,6 +6,8 @@ import functools
 import math
 import pathlib
 import shutil
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +18,11 @@ from mfjax.checkpoint import Checkpointer, CheckpointSaveError
 from mfjax.config import RunConfig
 from mfjax.hf import layout, tokenizer_files
 from mfjax.hf.directory import CONFIG_FILE, Directory, open_directory
-from mfjax.hf.export import DTYPES, IMPORTED, DifferenceError
-from mfjax.hf.progress import Report, Stage, silent
+from mfjax.hf.export import DTYPES, IMPORTED
+from mfjax.hf.progress import Report, Stage, silent, until
 from mfjax.hf.source import Checkpoint, cast
 from mfjax.hf.staging import check_absent, staged
-from mfjax.hf.verify import Verdict, compare_tensors
+from mfjax.hf.verify import DifferenceError, Verdict, compare_tensors
 from mfjax.stored_arrays import BlockArray, Index, chunk_shape
 
 _ROOM = 64 * 2**20  # For what is not tensors.
@@ -66,16 +68,15 @@ def import_checkpoint(
     sizes = _axis_sizes(run_config, num_devices)
     shapes = model.abstract_params(run_config.model)
     num_bytes = sum(x.size for x in jax.tree.leaves(shapes)) * DTYPES[dtype].itemsize
+    stop = threading.Event()
+    report = until(stop, report)
     stage = Stage("writing", num_bytes, report)
     tree = _tree(source, run_config, sizes, DTYPES[dtype], stage)
     with staged(out, num_bytes + _ROOM) as pending:
       workdir.write_config(pending, run_config)
       _keep(source, pending / IMPORTED)
       with contextlib.closing(Checkpointer(pending, run_config.checkpoint, run_config)) as writer:
-        _save(writer, tree, out, stage)
-        # Its digests are a moment old: what they would tell, the comparison tells.
-        written = Checkpoint(path=workdir.absolute(pending), opened=writer.open_step(0))
-        verdict = _proven(source, written, report)
+        verdict = _save(writer, tree, out, stop, lambda: _proven(source, pending, writer, report))
     return Imported(config=run_config, num_bytes=num_bytes, verdict=verdict)
   finally:
     source.close()
@@ -189,22 +190,32 @@ def _keep(source: Directory, folder: pathlib.Path) -> None:
   tokenizer_files.copy(source.path, folder)
 
 
-def _save(checkpointer: Checkpointer, tree: Any, out: pathlib.Path, stage: Stage) -> None:
+def _save(
+  checkpointer: Checkpointer,
+  tree: Any,
+  out: pathlib.Path,
+  stop: threading.Event,
+  prove: Callable[[], Verdict],
+) -> Verdict:
+  """Write `tree` as step 0; return what `prove` found while its digests were computed."""
   state = {"params": tree, "step": np.int32(0), "skipped": np.int32(0)}
+  verdicts: list[Verdict] = []
   try:
-    checkpointer.save(0, state, {}, force=True)
+    checkpointer.save(0, state, {}, force=True, prove=lambda: verdicts.append(prove()))
     checkpointer.wait()
   except CheckpointSaveError as error:
-    if isinstance(error.__cause__, ValueError):
+    if isinstance(error.__cause__, ValueError | DifferenceError):
       raise error.__cause__ from error
     raise ValueError(f"{out} could not be written: {error.reason}") from error
   except BaseException:  # Ctrl-C: or else the writing would go on to its end first.
-    stage.cancel()
+    stop.set()
+    checkpointer.abandon()
     raise
+  return verdicts[0]
 
 
-def _proven(source: Directory, written: Checkpoint, report: Report) -> Verdict:
-  verdict = compare_tensors(source, written, report)
-  if not verdict.is_equal:
-    raise DifferenceError("; ".join(" ".join(line.split()) for line in verdict.lines()))
-  return verdict
+def _proven(
+  source: Directory, pending: pathlib.Path, checkpointer: Checkpointer, report: Report
+) -> Verdict:
+  written = Checkpoint(path=workdir.absolute(pending), opened=checkpointer.open_step(0))
+  return compare_tensors(source, written, report).require_equal()

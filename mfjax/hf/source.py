@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
@@ -15,6 +15,8 @@ from mfjax.hf import directory, layout
 from mfjax.stored_arrays import Index
 
 BLOCK_BYTES = 64 * 2**20  # What one thread holds of a tensor at a time.
+
+_Result = TypeVar("_Result")
 
 
 class Source(Protocol):
@@ -74,10 +76,37 @@ def open_checkpoint(path: epath.PathLike, step: int | None = None) -> Iterator["
   try:
     opened = checkpointer.open_params(step)
     if opened is None:
-      raise ValueError(f"{path} has no checkpoint yet: train first, or give another workdir")
+      raise _no_checkpoint(path)
     yield Checkpoint(path=workdir.absolute(path), opened=opened)
   finally:
     checkpointer.close()
+
+
+def use_checkpoint(
+  path: epath.PathLike, step: int | None, use: Callable[["Checkpoint", Callable[[], None]], _Result]
+) -> _Result:
+  """Return what `use(checkpoint, confirm)` makes of a workdir's newest good step, or of `step`.
+
+  It begins before the step's files were held against their digests, and must call `confirm` before
+  its result can be seen: see `Checkpointer.use_params`.
+
+  Raises:
+    ValueError: `path` is no workdir, or has no such step, or none that is good.
+  """
+  run_config = workdir.read_config(path)
+  opener = checkpoint.Checkpointer(path, CheckpointConfig(), run_config)
+  with contextlib.closing(opener):
+    made = opener.use_params(
+      lambda opened, confirm: use(Checkpoint(path=workdir.absolute(path), opened=opened), confirm),
+      step,
+    )
+  if made is None:
+    raise _no_checkpoint(path)
+  return made
+
+
+def _no_checkpoint(path: epath.PathLike) -> ValueError:
+  return ValueError(f"{path} has no checkpoint yet: train first, or give another workdir")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -16,8 +16,9 @@ from mfjax.config import DataConfig, KernelConfig, MeshConfig
 from mfjax.data.prepare import PrepareOptions, prepare
 from mfjax.hf import export as export_module
 from mfjax.hf import layout
-from mfjax.hf.export import DifferenceError, export
+from mfjax.hf.export import export
 from mfjax.hf.import_checkpoint import import_checkpoint
+from mfjax.hf.verify import DifferenceError
 from mfjax.model import Execution
 from mfjax.stored_arrays import StoredArray
 from pallas_kernels.implementation import Implementation
