@@ -337,10 +337,10 @@ def test_save_returns_before_the_digests_and_nothing_is_deleted_before_them(
 ):
   go_on, write = threading.Event(), digests.write
 
-  def write_late(directory):
+  def write_late(directory, **options):
     assert "commit_success.txt" in names(directory)
     assert go_on.wait(30)
-    write(directory)
+    write(directory, **options)
 
   monkeypatch.setattr(digests, "write", write_late)
   checkpointer = open_checkpointer(keep_last=1)

@@ -7,7 +7,7 @@ import math
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -65,13 +65,14 @@ def import_checkpoint(
   source = open_directory(path)
   try:
     run_config = _agreed(source, run_config)
-    sizes = _axis_sizes(run_config, num_devices)
     shapes = model.abstract_params(run_config.model)
     num_bytes = sum(x.size for x in jax.tree.leaves(shapes)) * DTYPES[dtype].itemsize
     stop = threading.Event()
     report = until(stop, report)
     stage = Stage("writing", num_bytes, report)
-    tree = _tree(source, run_config, sizes, DTYPES[dtype], stage)
+    by_leaf = {(tensor.parts[0], tensor.layer): tensor for tensor in source.tensors.values()}
+    read = functools.partial(_read, source, by_leaf, DTYPES[dtype], stage)
+    tree = block_arrays(run_config, num_devices, DTYPES[dtype], read)
     with staged(out, num_bytes + _ROOM) as pending:
       workdir.write_config(pending, run_config)
       _keep(source, pending / IMPORTED)
@@ -99,36 +100,33 @@ def _agreed(source: Directory, run_config: RunConfig | None) -> RunConfig:
   return run_config
 
 
-def _tree(
-  source: Directory,
+def block_arrays(
   run_config: RunConfig,
-  sizes: dict[str, int],
+  num_devices: int | None,
   dtype: np.dtype,
-  stage: Stage,
-) -> dict[str, Any]:
-  """Return the tree of parameters, computed as they are written."""
+  read: Callable[[layout.Keys, Index], np.ndarray],
+) -> Any:
+  """Return the tree of parameters as arrays whose blocks `read` computes as they are written.
+
+  Raises:
+    ValueError: the mesh does not divide an array.
+  """
+  sizes = _axis_sizes(run_config, num_devices)
   specs = model.param_specs(run_config.model, run_config.mesh)
-  shapes = model.abstract_params(run_config.model)
-  by_leaf: dict[tuple[layout.Keys, int | None], layout.Tensor] = {
-    (tensor.parts[0], tensor.layer): tensor for tensor in source.tensors.values()
-  }
-  leaves = dict.fromkeys(keys for keys, _ in by_leaf)
-  tree: dict[str, Any] = {}
-  for keys in leaves:
-    shape = _at(shapes, keys).shape
-    shard = _shard_shape(shape, _at(specs, keys), sizes)
+
+  def array(path: Any, shape: jax.ShapeDtypeStruct) -> BlockArray:
+    keys = tuple(key.key for key in path)
+    shard = _shard_shape(shape.shape, _at(specs, keys), sizes)
     stacked = keys[0] == layout.STACKED
-    node = tree
-    for key in keys[:-1]:
-      node = node.setdefault(key, {})
-    node[keys[-1]] = BlockArray(
-      shape=shape,
+    return BlockArray(
+      shape=shape.shape,
       dtype=dtype,
-      chunk=chunk_shape(shape, shard, dtype.itemsize, stacked=stacked),
+      chunk=chunk_shape(shape.shape, shard, dtype.itemsize, stacked=stacked),
       stacked=stacked,
-      read=functools.partial(_read, source, by_leaf, keys, dtype, stage),
+      read=functools.partial(read, keys),
     )
-  return tree
+
+  return jax.tree.map_with_path(array, model.abstract_params(run_config.model))
 
 
 def _axis_sizes(run_config: RunConfig, num_devices: int | None) -> dict[str, int]:
@@ -158,10 +156,10 @@ def _shard_shape(shape: layout.Shape, spec: Any, sizes: dict[str, int]) -> layou
 
 def _read(
   source: Directory,
-  by_leaf: dict[tuple[layout.Keys, int | None], layout.Tensor],
-  keys: layout.Keys,
+  by_leaf: Mapping[tuple[layout.Keys, int | None], layout.Tensor],
   dtype: np.dtype,
   stage: Stage,
+  keys: layout.Keys,
   index: Index,
 ) -> np.ndarray:
   """Return a block of one of our leaves from the published tensors."""
