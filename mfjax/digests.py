@@ -83,7 +83,8 @@ def write(
   """
   with concurrent.futures.ThreadPoolExecutor(1, "beside digests") as beside:
     other = beside.submit(meanwhile or (lambda: None))
-    names = sorted(_names(directory))
+    # The newest first: those are still in memory, and reading the oldest would drive them out.
+    names = sorted(_names(directory), key=lambda name: (-(directory / name).stat().mtime, name))
     files = dict(_in_threads(lambda name: (name, _measure(directory / name, stop)), names))
     other.result()
   replace_text(directory / FILE_NAME, json.dumps({"algorithm": _ALGORITHM, "files": files}))

@@ -43,7 +43,9 @@ _POLL_SECONDS = 0.05
 class Row:
   """One conversion: bytes of tensor files, seconds, and the most memory that it held.
 
-  `largest_tensor` is what the largest stacked tensor takes in the checkpoint.
+  `bytes_from_disk` were really read: more than `bytes_read` where what is read again, to be
+  digested or compared, was no longer in memory. `largest_tensor` is what the largest stacked tensor
+  takes in the checkpoint.
   """
 
   job: str
@@ -52,6 +54,7 @@ class Row:
   seconds: float
   copy_seconds: float
   peak_bytes: int
+  bytes_from_disk: int
   largest_tensor: int
   load_average: float
 
@@ -96,7 +99,7 @@ def measure(
     load = os.getloadavg()[0]
     files = _tensor_files(read)
     _forget(files)
-    seconds, peak = _run(args)
+    seconds, peak, from_disk = _run(args)
     size = _size(_tensor_files(written))
     say(f"copying the same bytes: {_size(files) / 1e9:.2f} GB read, {size / 1e9:.2f} GB written")
     _forget(files)
@@ -108,6 +111,7 @@ def measure(
       seconds=seconds,
       copy_seconds=copy_seconds,
       peak_bytes=peak,
+      bytes_from_disk=from_disk,
       largest_tensor=max(sizes),
       load_average=load,
     )
@@ -191,27 +195,29 @@ def _copy(files: Sequence[pathlib.Path], num_bytes: int, target: pathlib.Path) -
   return seconds
 
 
-def _run(args: Sequence[str]) -> tuple[float, int]:
-  """Run a command; return its seconds and its peak of resident memory.
+def _run(args: Sequence[str]) -> tuple[float, int, int]:
+  """Run a command; return its seconds, its peak of resident memory and its bytes from the disk.
 
-  The peak is the kernel's own mark, which never falls: only what a process grows by in its last
-  moment is missed. `ru_maxrss` would begin with the memory of the process that started it.
+  Both are the kernel's own counts, which never fall: only what a process adds in its last moment is
+  missed. `ru_maxrss` would begin with the memory of the process that started it.
   """
-  begin, peak = time.perf_counter(), 0
+  begin, peak, from_disk = time.perf_counter(), 0, 0
   with tempfile.TemporaryFile("w+") as log, subprocess.Popen(args, stdout=log, stderr=log) as child:
     while child.poll() is None:
-      peak = max(peak, _high_water(child.pid))
+      peak = max(peak, 1024 * _count(child.pid, "status", "VmHWM"))
+      from_disk = max(from_disk, _count(child.pid, "io", "read_bytes"))
       time.sleep(_POLL_SECONDS)
     seconds = time.perf_counter() - begin
     log.seek(0)
     if child.returncode:
       raise ValueError(f"{' '.join(args)} failed: {log.read().strip()}")
-  return seconds, peak
+  return seconds, peak, from_disk
 
 
-def _high_water(pid: int) -> int:
+def _count(pid: int, file: str, name: str) -> int:
+  """Return a number of /proc/PID/FILE, 0 if the process is gone."""
   try:
-    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
-  except (FileNotFoundError, ProcessLookupError):
+    lines = pathlib.Path(f"/proc/{pid}/{file}").read_text().splitlines()
+  except (FileNotFoundError, ProcessLookupError, PermissionError):
     return 0
-  return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0)
+  return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
