@@ -100,8 +100,9 @@ class Checkpointer:
     self._directory = workdir.absolute(directory) / "checkpoints"
     self._config = checkpoint_config
     self._run_config = run_config
+    self._blocks = BlockArrayHandler(_WRITING_THREADS)
     self._orbax = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(handler_registry=_handlers())
+      ocp.CompositeCheckpointHandler(handler_registry=_handlers(self._blocks))
     )
     self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: concurrent.futures.Future[int] | None = None
@@ -304,7 +305,8 @@ class Checkpointer:
       self._orbax.wait_until_finished()
       if jax.process_index() == 0:
         digests.write(self._path(step), meanwhile=prove, stop=self._abandoned)
-    except Exception as error:
+    except Exception as raised:
+      error = self._blocks.error or raised
       if jax.process_index() == 0:
         _remove(self._path(step))
       raise self._save_error(step, num_bytes, error) from error
@@ -312,7 +314,7 @@ class Checkpointer:
       self._delete_old(step)
     return step
 
-  def _save_error(self, step: int, num_bytes: int, error: Exception) -> CheckpointSaveError:
+  def _save_error(self, step: int, num_bytes: int, error: BaseException) -> CheckpointSaveError:
     """Remove what a failed save left unfinished and return what to tell the user."""
     if jax.process_index() == 0:
       self._delete_partial()
@@ -450,7 +452,7 @@ class Checkpointer:
     return json.loads((self._path(step) / _RUN_ITEM / _RUN_FILE).read_text())
 
 
-def _handlers() -> ocp.CheckpointHandlerRegistry:
+def _handlers(blocks: BlockArrayHandler) -> ocp.CheckpointHandlerRegistry:
   """Return who writes and reads each item of a step."""
   # Replicas share the writing by slicing on their devices, one compilation per shape and device
   # (2 s for three small arrays on eight devices): worth it for large arrays, on several hosts.
@@ -459,9 +461,7 @@ def _handlers() -> ocp.CheckpointHandlerRegistry:
     min_slice_bytes_for_replica_parallel=_CHUNK_BYTES // 2,
   )
   # The last one of equal type names is the one that reads.
-  types = ocp.type_handlers.create_type_handler_registry(
-    (BlockArray, BlockArrayHandler(_WRITING_THREADS)), (jax.Array, arrays)
-  )
+  types = ocp.type_handlers.create_type_handler_registry((BlockArray, blocks), (jax.Array, arrays))
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   for name in _ARRAY_ITEMS:
     # Trained weights do not compress; trying takes longer than writing them.

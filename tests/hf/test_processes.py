@@ -72,10 +72,17 @@ class Command:
     """Return what was said in all."""
     while self._read():
       pass
-    os.close(self._terminal)
-    self.process.stdout.close()
     self.process.wait(60)
     return self.said
+
+  def __enter__(self) -> "Command":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.process.kill()
+    self.process.wait()
+    self.process.stdout.close()
+    os.close(self._terminal)
 
 
 def arguments(command: str, pair: pathlib.Path, out: pathlib.Path) -> list[str]:
@@ -98,12 +105,12 @@ def arguments(command: str, pair: pathlib.Path, out: pathlib.Path) -> list[str]:
   ],
 )
 def test_a_signal_ends_it_soon_and_leaves_nothing(command, stage, number, pair, tmp_path):
-  running = Command(*arguments(command, pair, tmp_path / "deep/out"))
-  running.wait_for(stage)
-  begin = time.monotonic()
-  running.process.send_signal(number)
-  running.process.send_signal(number)  # Impatience does not end the cleaning up.
-  said = running.end()
+  with Command(*arguments(command, pair, tmp_path / "deep/out")) as running:
+    running.wait_for(stage)
+    begin = time.monotonic()
+    running.process.send_signal(number)
+    running.process.send_signal(number)  # Impatience does not end the cleaning up.
+    said = running.end()
   assert time.monotonic() - begin < 10
   assert running.process.returncode == (130 if number == signal.SIGINT else 143)
   last = said.splitlines()[-1]
@@ -126,13 +133,13 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("command", ["export", "import"])
 def test_a_disk_that_fills_midway(command, pair, small_disk):
   out = small_disk / "out"
-  running = Command(*arguments(command, pair, out))
-  while not list(small_disk.glob(".out.*.partial")):  # It found the disk large enough.
-    assert running.process.poll() is None, running.end()
-    time.sleep(0.001)
-  with (small_disk / "ballast").open("wb") as ballast:
-    os.posix_fallocate(ballast.fileno(), 0, shutil.disk_usage(small_disk).free - 20_000_000)
-  said = running.end()
+  with Command(*arguments(command, pair, out)) as running:
+    while not list(small_disk.glob(".out.*.partial")):  # It found the disk large enough.
+      assert running.process.poll() is None, running.end()
+      time.sleep(0.001)
+    with (small_disk / "ballast").open("wb") as ballast:
+      os.posix_fallocate(ballast.fileno(), 0, 400_000_000)
+    said = running.end()
   assert running.process.returncode == 2
   *_, last = said.splitlines()
   reason = {
