@@ -147,8 +147,8 @@ def _draw(shapes: Mapping[Keys, tuple[int, ...]], dtype: np.dtype, keys: Keys, i
   seed = np.random.SeedSequence([zlib.crc32(".".join(keys).encode()), *place])
   rng = np.random.Generator(np.random.SFC64(seed))
   values = rng.standard_normal(block, np.float32)
-  if len(shape) - lead > 1:  # A matrix, or several: outputs as large as inputs.
-    values *= np.float32(shape[-2] ** -0.5)
+  if len(shape) - lead > 1:  # A matrix, or several: outputs about as large as inputs.
+    values *= np.float32(min(shape[-2:]) ** -0.5)
   else:  # Norms' weights and biases.
     values *= np.float32(0.1)
     if keys[-1] == "weight":

@@ -152,16 +152,13 @@ def test_a_disk_that_fills_midway(command, pair, small_disk):
 
 
 HOST = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import tests.conftest
+import pathlib, sys
 import jax
-jax.distributed.initialize(f"localhost:{sys.argv[3]}", 2, int(sys.argv[4]))
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
 from mfjax.config import MeshConfig
 from tests.hf import models
-models.make_workdir(
-  models.pathlib.Path(sys.argv[2]), models.HEADS, mesh=MeshConfig(data=2, fsdp=4, expert=2)
-)
+mesh = MeshConfig(data=1, fsdp=2, expert=2)
+models.make_workdir(pathlib.Path(sys.argv[1]), models.HEADS, mesh=mesh)
 """
 
 
@@ -169,8 +166,12 @@ def test_one_host_exports_what_two_hosts_wrote(tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
-  command = [sys.executable, "-c", HOST, str(ROOT), str(tmp_path / "two/w"), port]
-  hosts = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE) for rank in "01"]
+  command = [sys.executable, "-c", HOST, str(tmp_path / "two/w"), port]
+  two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  environment = os.environ | two_devices | {"PYTHONPATH": str(ROOT)}
+  hosts = [
+    subprocess.Popen([*command, rank], stderr=subprocess.PIPE, env=environment) for rank in "01"
+  ]
   try:
     errors = [host.communicate(timeout=120)[1] for host in hosts]
   finally:
