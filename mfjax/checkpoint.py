@@ -238,17 +238,6 @@ class Checkpointer:
     trees, run = found
     return Restored(step=run["step"], state=trees["params"], data_state=run["data_state"])
 
-  def open_params(self, step: int | None = None) -> Opened | None:
-    """Find the newest good step, or `step`, and open its parameters without reading them.
-
-    Returns:
-      None if no step was ever completed.
-
-    Raises:
-      ValueError: steps exist but none is usable.
-    """
-    return self._use(("params",), step, self.open_step)
-
   def use_params(
     self, use: Callable[[Opened, Callable[[], None]], _Result], step: int | None = None
   ) -> _Result | None:

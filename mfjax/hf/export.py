@@ -18,7 +18,7 @@ from etils import epath
 from mfjax.data.index import DataIndex, open_index
 from mfjax.hf import directory, layout, model_card, published_config, safetensors, tokenizer_files
 from mfjax.hf.progress import Report, Stage, silent, until
-from mfjax.hf.source import Checkpoint, cast, row_blocks, use_checkpoint
+from mfjax.hf.source import Checkpoint, Confirm, cast, row_blocks, use_checkpoint
 from mfjax.hf.staging import check_absent, staged
 from mfjax.hf.verify import NUM_THREADS, Comparison, Verdict, with_logits
 from mfjax.parallel import run_all
@@ -67,7 +67,7 @@ def export(
   """
   check_absent(out)
 
-  def use(source: Checkpoint, confirm: Callable[[], None]) -> Exported:
+  def use(source: Checkpoint, confirm: Confirm) -> Exported:
     return _export(source, out, dtype, num_tokens, report, confirm)
 
   return use_checkpoint(workdir, step, use)
@@ -79,7 +79,7 @@ def _export(
   dtype: str,
   num_tokens: int,
   report: Report,
-  confirm: Callable[[], None],
+  confirm: Confirm,
 ) -> Exported:
   dtype = dtype or source.config.compute_dtype.value
   shards = _plan(source, DTYPES[dtype])

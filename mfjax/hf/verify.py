@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from mfjax.hf import parity, published_config
 from mfjax.hf.parity import LogitParity
 from mfjax.hf.progress import Report, Stage, silent
-from mfjax.hf.source import Source, cast, narrower, row_blocks
+from mfjax.hf.source import Confirm, Source, cast, narrower, row_blocks, use_source
 from mfjax.parallel import run_all
 
 NUM_THREADS = 4
@@ -81,9 +82,38 @@ class Verdict:
     return lines
 
 
-def verify(a: Source, b: Source, report: Report = silent, *, num_tokens: int = 256) -> Verdict:
-  """Compare all tensors, then the logits of `num_tokens` random tokens (0: tensors alone)."""
-  return with_logits(compare_tensors(a, b, report), a, b, report, num_tokens)
+def verify(
+  a: epath.PathLike,
+  b: epath.PathLike,
+  *,
+  step_a: int | None = None,
+  step_b: int | None = None,
+  num_tokens: int = 256,
+  report: Report = silent,
+) -> Verdict:
+  """Compare all tensors, then the logits of `num_tokens` random tokens (0: tensors alone).
+
+  Args:
+    a, b: workdirs or directories of PyTorch tensors.
+    step_a, step_b: of a workdir; by default its newest good step.
+
+  Raises:
+    ValueError: one of them cannot be read; names all that is wrong with it.
+  """
+
+  def compare(
+    left: Source, confirm_left: Confirm, right: Source, confirm_right: Confirm
+  ) -> Verdict:
+    verdict = compare_tensors(left, right, report)
+    confirm_left()
+    confirm_right()
+    return with_logits(verdict, left, right, report, num_tokens)
+
+  return use_source(
+    a,
+    step_a,
+    lambda *left: use_source(b, step_b, lambda *right: compare(*left, *right)),
+  )
 
 
 def with_logits(verdict: Verdict, a: Source, b: Source, report: Report, num_tokens: int) -> Verdict:

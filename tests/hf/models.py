@@ -88,8 +88,7 @@ def read_params(path: pathlib.Path) -> Any:
   """Return the parameters of a workdir's newest step as NumPy arrays."""
   run_config = workdir.read_config(path)
   checkpointer = Checkpointer(path, run_config.checkpoint, run_config)
-  opened = checkpointer.open_params()
-  assert opened is not None
+  opened = checkpointer.open_step(checkpointer.latest_steps()[0])
   tree: dict[str, Any] = {}
   for keys, array in opened.arrays.items():
     node = tree
