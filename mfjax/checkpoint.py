@@ -158,6 +158,7 @@ class Checkpointer:
       _run_record(self._run_config, step, arrays, scalars, data_state)
     )
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    self._blocks.error = None
     try:
       if jax.process_index() == 0:  # Orbax's barrier at the start of a save orders the others.
         self._directory.mkdir(parents=True, exist_ok=True)

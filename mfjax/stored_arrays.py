@@ -120,7 +120,7 @@ class BlockArrayHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  #
 
   def __init__(self, num_threads: int) -> None:
     self._num_threads = num_threads
-    self.error: BaseException | None = None  # Why the last writing failed.
+    self.error: BaseException | None = None  # Why writing failed; cleared by who begins it.
 
   def typestr(self) -> str:
     return "jax.Array"
@@ -140,7 +140,6 @@ class BlockArrayHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  #
   async def _write(self, values: Sequence[BlockArray], infos: Sequence[Any]) -> None:
     for info in infos:
       await info.await_path_creation()
-    self.error = None
     try:
       self._write_all(values, infos)
     except BaseException as error:
