@@ -14,7 +14,7 @@ from mfjax.hf.progress import Progress
 
 DIFFERENT = 1  # Exit code: converted or compared, and not the same.
 _EVERY_SECONDS = 10
-_SIGTERM_EXIT = 128 + signal.SIGTERM
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 # glibc's malloc.h: options of mallopt, and what to set them to.
 _KEEP_FREED_MEMORY = {-1: 2**31 - 1, -4: 0, -8: 1}  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX.
 
@@ -34,18 +34,26 @@ def positional(argv: Sequence[str], *names: str) -> list[str]:
 
 @contextlib.contextmanager
 def converting() -> Iterator[None]:
-  """Compute on the CPU, leave accelerators alone, and clean up on SIGTERM as on Ctrl-C."""
+  """Compute on the CPU, leave accelerators alone, and clean up on SIGTERM as on Ctrl-C.
+
+  Only the first of these signals counts: another one would end the cleaning up.
+  """
   jax.config.update("jax_platforms", "cpu")
 
-  def stop(*_: Any) -> NoReturn:
-    raise SystemExit(_SIGTERM_EXIT)
+  def stop(number: int, _: Any) -> NoReturn:
+    for each in _STOPPING:
+      signal.signal(each, signal.SIG_IGN)
+    if number == signal.SIGINT:
+      raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
   _keep_freed_memory()
-  before = signal.signal(signal.SIGTERM, stop)
+  before = {number: signal.signal(number, stop) for number in _STOPPING}
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def _keep_freed_memory() -> None:

@@ -5,6 +5,7 @@
   mfjax bench kernels [--only=grouped_matmul,experts,stick_breaking,wide] [--shapes=...]
   mfjax bench kernels --target=v6e
   mfjax bench model --config=molm_350m_4b [--rows=16,64 --microbatches=1,4 --forward_rows=32]
+  mfjax bench conversion --config=molm_350m_4b [--only=float32,bfloat16] [--scratch=DIR]
 
 `data`: the input pipeline alone, tokens per second out of ArrayRecord files. Without --data it
 reads synthetic documents of log-normal lengths. `experts`: a routed feed-forward layer on one
@@ -12,12 +13,16 @@ device, beside a dense layer of the same active FLOPs, under three routings. `ke
 on this device, compared with the oracle, then timed beside other ways to do the same work, in
 turns; with --target no TPU is needed: cycles of their compiled loops, beside JAX's own kernels.
 `model`: forward pass and train step of a config on one device, random weights and tokens, with what
-each part takes; --config.FIELD changes the config.
+each part takes; --config.FIELD changes the config. `conversion`: export and import of a random
+checkpoint of a config, beside the disk's copy speed for the same bytes, with peak memory.
 """
 
 import dataclasses
 import json
 import os
+import pathlib
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,7 +47,9 @@ _NUM_EXPERTS = flags.DEFINE_integer("num_experts", 32, "Number of experts.", low
 _TOP_K = flags.DEFINE_integer("top_k", 2, "Experts chosen per token.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Turns of which the median counts.", lower_bound=1)
 
-_ONLY = flags.DEFINE_list("only", [], "Sections of `kernels`. Default: all.")
+_ONLY = flags.DEFINE_list(
+  "only", [], "Sections of `kernels`, or dtypes of `conversion`'s checkpoint. Default: all."
+)
 _SHAPES = flags.DEFINE_list(
   "shapes",
   [],
@@ -55,6 +62,9 @@ _MICROBATCHES = flags.DEFINE_list(
   "microbatches", ["1"], "Microbatches of each train step: one number, or as many as --rows."
 )
 _FORWARD_ROWS = flags.DEFINE_list("forward_rows", ["32"], "Rows of each forward pass; empty: none.")
+_SCRATCH = flags.DEFINE_string(
+  "scratch", ".", "Directory on the disk that `conversion` uses; what it makes there is removed."
+)
 _JSON = flags.DEFINE_string("json", None, "File for the figures as JSON; -: print them instead.")
 
 
@@ -228,6 +238,37 @@ def bench_model() -> None:
     _write(report)
 
 
+def bench_conversion() -> None:
+  """Print speed, share of the disk's copy speed and peak memory of exports and imports."""
+  from launch import _conversion
+  from mfjax.bench import conversion
+
+  config, sections = shared.run_config(), _sections(conversion.SECTIONS)
+  report: dict[str, Any] = {"config": config.to_dict(), "rows": []}
+  _show(f"{'':28} {'read, written GB':>16} {'seconds':>8} {'copy':>8} {'share':>6}  peak memory")
+  command = (sys.executable, "-m", "launch.main")
+  try:
+    for section in sections:
+      with (
+        _conversion.converting(),
+        tempfile.TemporaryDirectory(prefix="bench-conversion-", dir=_SCRATCH.value) as folder,
+      ):
+        for row in conversion.measure(config, section, pathlib.Path(folder), command, _say):
+          report["rows"].append(dataclasses.asdict(row) | {"share_of_copy": row.share_of_copy})
+          _show(
+            f"{row.job:28} {row.bytes_read / 1e9:8.2f} {row.bytes_written / 1e9:7.2f} "
+            f"{row.seconds:8.1f} {row.copy_seconds:8.1f} {row.share_of_copy:6.0%}  "
+            f"{row.peak_bytes / 1e9:.2f} GB, {row.peak_bytes / row.largest_tensor:.2f} of the "
+            f"largest stacked tensor; load {row.load_average:.1f}"
+          )
+  finally:
+    _write(report)
+
+
+def _say(text: str) -> None:
+  print(f"... {text}", file=sys.stderr, flush=True)
+
+
 def _steps() -> list[tuple[int, int]]:
   """Return (rows, microbatches) of each train step."""
   rows, counts = _integers("rows", _ROWS.value), _integers("microbatches", _MICROBATCHES.value)
@@ -294,4 +335,5 @@ _BENCHMARKS = {
   "experts": bench_experts,
   "kernels": bench_kernels,
   "model": bench_model,
+  "conversion": bench_conversion,
 }

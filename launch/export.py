@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import _conversion
-from mfjax.hf.export import DTYPES, DifferenceError, export
+from mfjax.hf.export import DTYPES, export
+from mfjax.hf.verify import DifferenceError
 
 _STEP = flags.DEFINE_integer("step", None, "Step to export. Default: the newest good one.")
 _DTYPE = flags.DEFINE_enum(

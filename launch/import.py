@@ -18,8 +18,9 @@ from absl import flags
 
 from launch import _conversion
 from launch import flags as shared
-from mfjax.hf.export import DTYPES, DifferenceError
+from mfjax.hf.export import DTYPES
 from mfjax.hf.import_checkpoint import import_checkpoint
+from mfjax.hf.verify import DifferenceError
 
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", list(DTYPES), "Of the checkpoint; `train` reads float32 alone."

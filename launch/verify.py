@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import _conversion
-from mfjax.hf.source import open_source
 from mfjax.hf.verify import verify
 
 _STEP_A = flags.DEFINE_integer("step_a", None, "Step of A. Default: the newest good one.")
@@ -29,12 +28,15 @@ _JSON = flags.DEFINE_string("json", None, "File to write the figures to as well.
 def main(argv: Sequence[str]) -> int:
   """Compare as the flags say and print the verdict."""
   a, b = _conversion.positional(argv, "A", "B")
-  with (
-    _conversion.converting(),
-    open_source(a, _STEP_A.value) as left,
-    open_source(b, _STEP_B.value) as right,
-  ):
-    verdict = verify(left, right, _conversion.reporter(), num_tokens=_PARITY_TOKENS.value)
+  with _conversion.converting():
+    verdict = verify(
+      a,
+      b,
+      step_a=_STEP_A.value,
+      step_b=_STEP_B.value,
+      num_tokens=_PARITY_TOKENS.value,
+      report=_conversion.reporter(),
+    )
   for line in verdict.lines():
     print(line)
   if _JSON.value:

@@ -16,6 +16,7 @@ among the kept and refuse to write it again. Its v1 API is still `experimental` 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import json
@@ -23,6 +24,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -51,6 +53,10 @@ _BARRIER_SECONDS = 600  # A process that waits this long for the others' digests
 _WRITING_THREADS = 4  # Of a `BlockArray`'s blocks.
 
 _Result = TypeVar("_Result")
+
+
+class _CorruptStepError(Exception):
+  """A step's files are not as they were written."""
 
 
 class CheckpointSaveError(Exception):
@@ -97,11 +103,13 @@ class Checkpointer:
     self._directory = workdir.absolute(directory) / "checkpoints"
     self._config = checkpoint_config
     self._run_config = run_config
+    self._blocks = BlockArrayHandler(_WRITING_THREADS)
     self._orbax = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(handler_registry=_handlers())
+      ocp.CompositeCheckpointHandler(handler_registry=_handlers(self._blocks))
     )
     self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: concurrent.futures.Future[int] | None = None
+    self._abandoned = threading.Event()
     self._newest: int | None = None  # The step that this run last restored or saved.
     self._num_saves = 0  # Begun here: the same on every process, so it names a save to all.
     self.blocked_seconds = 0.0  # How long the last `save` kept its caller.
@@ -118,7 +126,13 @@ class Checkpointer:
     return [step for step in self.latest_steps() if digests.exist(self._path(step))]
 
   def save(
-    self, step: int, state: Mapping[str, Any], data_state: dict[str, Any], *, force: bool = False
+    self,
+    step: int,
+    state: Mapping[str, Any],
+    data_state: dict[str, Any],
+    *,
+    force: bool = False,
+    prove: Callable[[], None] | None = None,
   ) -> bool:
     """Copy `state` to the host and write it in the background; return whether a save began.
 
@@ -126,7 +140,8 @@ class Checkpointer:
     saved or restored. `state` holds `params`, `optimizer` and scalars; its buffers may be donated
     as soon as this returns. Without `optimizer` the step is one to begin from: its leaves may be
     `BlockArray`s, which are computed as they are written. A previous save that is still running is
-    waited for.
+    waited for. `prove` is called when all is on the disk, while digests are computed: it may read
+    the step; if it raises, the save fails and the step goes.
 
     Raises:
       CheckpointSaveError: this save could not begin, or the previous one failed (then this one was
@@ -145,6 +160,7 @@ class Checkpointer:
       _run_record(self._run_config, step, arrays, scalars, data_state)
     )
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    self._blocks.error = None
     try:
       if not self._make_room(step, num_bytes):
         return False
@@ -152,7 +168,7 @@ class Checkpointer:
       self._orbax.save(self._path(step), args=ocp.args.Composite(**items))
     except Exception as error:
       raise self._save_error(step, num_bytes, error) from error
-    self._pending = self._background.submit(self._finish, step, num_bytes, self._num_saves)
+    self._pending = self._background.submit(self._finish, step, num_bytes, self._num_saves, prove)
     self.blocked_seconds = time.perf_counter() - begin
     return True
 
@@ -170,6 +186,10 @@ class Checkpointer:
     if self._pending is not None:
       pending, self._pending = self._pending, None
       self._newest = pending.result()
+
+  def abandon(self) -> None:
+    """Let the save under way fail soon, if it is at its digests; the step goes."""
+    self._abandoned.set()
 
   def close(self) -> None:
     """Wait as `wait` does, then release all threads."""
@@ -219,16 +239,44 @@ class Checkpointer:
     trees, run = found
     return Restored(step=run["step"], state=trees["params"], data_state=run["data_state"])
 
-  def open_params(self, step: int | None = None) -> Opened | None:
-    """Find the newest good step, or `step`, and open its parameters without reading them.
+  def use_params(
+    self, use: Callable[[Opened, Callable[[], None]], _Result], step: int | None = None
+  ) -> _Result | None:
+    """Return what `use` makes of the parameters of the newest good step, or of `step`.
+
+    `use(opened, confirm)` begins while the step's files are still being read and held against their
+    digests. It calls `confirm` before anything of what it makes can be seen: that waits for the end
+    of the check, and raises if a file is not as it was written. Then the next older step is used.
+    For one process alone.
 
     Returns:
       None if no step was ever completed.
 
     Raises:
       ValueError: steps exist but none is usable.
+      Exception: `use` failed, on a step that is good.
     """
-    return self._use(("params",), step, self.open_step)
+    if step is None and not self.latest_steps():
+      return None
+    rejected: list[str] = []
+    for candidate, has_digests in self._order(step):
+      if not has_digests:
+        self._warn_unverified(candidate)
+        return use(self.open_step(candidate), lambda: None)
+      with contextlib.closing(digests.Check(self._path(candidate), ("params", _RUN_ITEM))) as check:
+
+        def confirm(step: int = candidate, check: digests.Check = check) -> None:
+          if problems := check.problems():
+            raise _CorruptStepError(self._corruption(step, problems))
+
+        try:
+          return use(self.open_step(candidate), confirm)
+        except Exception:  # Of a damaged file, maybe.
+          if not check.problems():
+            raise
+          rejected.append(self._corruption(candidate, check.problems()))
+          _LOG.warning("%s: passed over", rejected[-1])
+    raise self._none_usable(step, rejected)
 
   def open_step(self, step: int) -> Opened:
     """Open the parameters of a step whose files are not held against their digests first."""
@@ -266,12 +314,13 @@ class Checkpointer:
       raise failure
     return due
 
-  def _finish(self, step: int, num_bytes: int, save: int) -> int:
+  def _finish(self, step: int, num_bytes: int, save: int, prove: Callable[[], None] | None) -> int:
     """Commit `step`, write its digests, delete what is due; runs in the background."""
     try:
       self._orbax.wait_until_finished()
-      self._write_digests(step, save)
-    except Exception as error:
+      self._write_digests(step, save, prove)
+    except Exception as raised:
+      error = self._blocks.error or raised
       if jax.process_index() == 0:
         _remove(self._path(step))
       raise self._save_error(step, num_bytes, error) from error
@@ -279,12 +328,13 @@ class Checkpointer:
       self._delete_old(step)
     return step
 
-  def _write_digests(self, step: int, save: int) -> None:
+  def _write_digests(self, step: int, save: int, prove: Callable[[], None] | None) -> None:
     """Write the digests of a committed step, each process those of its share of the files."""
     path, num_processes = self._path(step), jax.process_count()
     if num_processes == 1:
-      digests.write(path)
+      digests.write(path, meanwhile=prove, stop=self._abandoned)
       return
+    assert prove is None, "a conversion is one process"
     barrier = ocp.multihost.get_barrier_sync_fn()  # Of the coordinator: fit for a thread.
     timeout_ms = 1000 * _BARRIER_SECONDS
     barrier(key=f"mfjax committed {save}", timeout_ms=timeout_ms)
@@ -295,7 +345,7 @@ class Checkpointer:
     if jax.process_index() == 0:
       digests.merge_parts(path, num_processes)
 
-  def _save_error(self, step: int, num_bytes: int, error: Exception) -> CheckpointSaveError:
+  def _save_error(self, step: int, num_bytes: int, error: BaseException) -> CheckpointSaveError:
     """Remove what a failed save left unfinished and return what to tell the user."""
     if jax.process_index() == 0:
       self._delete_partial()
@@ -369,9 +419,12 @@ class Checkpointer:
           raise ValueError(problem) from error
         rejected.append(problem)
         _LOG.warning("%s: passed over", rejected[-1])
+    raise self._none_usable(step, rejected)
+
+  def _none_usable(self, step: int | None, rejected: Iterable[str]) -> ValueError:
     wanted = "" if step is None else f" as step {step}"
     problems = "; ".join(rejected) or f"there are {self.latest_steps()}"
-    raise ValueError(
+    return ValueError(
       f"no checkpoint in {self._directory} is usable{wanted}: {problems}: "
       "bring back a copy of one, or begin in another workdir"
     )
@@ -380,22 +433,30 @@ class Checkpointer:
     self, items: Iterable[str], only: int | None, rejected: list[str]
   ) -> Iterator[tuple[int, bool]]:
     """Yield (step, whether it is verified), best first; append what is wrong with the others."""
-    unverified = []
-    for step, complete in self._steps().items():
-      if only not in (None, step):
-        continue
-      if not complete:
-        unverified.append(step)
-        _LOG.warning("step %d in %s is unverified: it has no digests", step, self._directory)
+    for step, has_digests in self._order(only):
+      if not has_digests:
+        self._warn_unverified(step)
+        yield step, False
       elif problems := self._find_problems(step, (*items, _RUN_ITEM)):
-        named = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" * (len(problems) > 3))
-        rejected.append(f"step {step} in {self._directory} is corrupt: {named}")
+        rejected.append(self._corruption(step, problems))
         _LOG.warning("%s: passed over", rejected[-1])
       else:
         yield step, True
-    for step in unverified:
-      _LOG.warning("no verified step is left: trying step %d, which nothing verifies", step)
-      yield step, False
+
+  def _order(self, only: int | None) -> list[tuple[int, bool]]:
+    """Return (step, whether it has digests) in the order in which steps are tried."""
+    has_digests = {step: has for step, has in self._steps().items() if only in (None, step)}
+    for step, has in has_digests.items():
+      if not has:
+        _LOG.warning("step %d in %s is unverified: it has no digests", step, self._directory)
+    return sorted(has_digests.items(), key=lambda item: not item[1])
+
+  def _warn_unverified(self, step: int) -> None:
+    _LOG.warning("no verified step is left: trying step %d, which nothing verifies", step)
+
+  def _corruption(self, step: int, problems: Sequence[str]) -> str:
+    named = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" * (len(problems) > 3))
+    return f"step {step} in {self._directory} is corrupt: {named}"
 
   def _steps(self) -> dict[int, bool]:
     """Return whether each step on disk is complete, newest first, as process 0 sees them."""
@@ -433,7 +494,7 @@ class Checkpointer:
     return json.loads((self._path(step) / _RUN_ITEM / _RUN_FILE).read_text())
 
 
-def _handlers() -> ocp.CheckpointHandlerRegistry:
+def _handlers(blocks: BlockArrayHandler) -> ocp.CheckpointHandlerRegistry:
   """Return who writes and reads each item of a step."""
   # Replicas share the writing by slicing on their devices, one compilation per shape and device
   # (2 s for three small arrays on eight devices): worth it for large arrays, on several hosts.
@@ -442,9 +503,7 @@ def _handlers() -> ocp.CheckpointHandlerRegistry:
     min_slice_bytes_for_replica_parallel=_CHUNK_BYTES // 2,
   )
   # The last one of equal type names is the one that reads.
-  types = ocp.type_handlers.create_type_handler_registry(
-    (BlockArray, BlockArrayHandler(_WRITING_THREADS)), (jax.Array, arrays)
-  )
+  types = ocp.type_handlers.create_type_handler_registry((BlockArray, blocks), (jax.Array, arrays))
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   for name in _ARRAY_ITEMS:
     # Trained weights do not compress; trying takes longer than writing them.

@@ -10,6 +10,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -21,10 +22,16 @@ FILE_NAME = "digests.json"
 _PART_NAME = "digests.part-{}.json"  # What one of several processes measured.
 
 _ALGORITHM = "sha256"
-_THREADS = 8  # hashlib releases the GIL; memory stays at one 256 KiB buffer a thread.
+_THREADS = 8  # hashlib releases the GIL; memory stays at one buffer a thread.
+_BUFFER_BYTES = 2**20
 _PENDING_SUFFIX = ".tmp"
 
 _Result = TypeVar("_Result")
+_Files = Mapping[str, tuple[int, str]]  # Size and digest by name.
+
+
+class StoppedError(Exception):
+  """Reading was told to stop."""
 
 
 def replace_text(path: epath.Path, text: str) -> None:
@@ -67,13 +74,27 @@ def exist(directory: epath.Path) -> bool:
   return (directory / FILE_NAME).exists()
 
 
-def write(directory: epath.Path) -> None:
+def write(
+  directory: epath.Path,
+  *,
+  meanwhile: Callable[[], None] | None = None,
+  stop: threading.Event | None = None,
+) -> None:
   """Write size and digest of every file below `directory` into it, atomically.
+
+  `meanwhile` runs beside the reading; if it raises, so does this, and nothing is written.
 
   Raises:
     OSError: a file cannot be read, or the digests not written (full disk).
+    StoppedError: `stop` was set.
   """
-  _write_record(directory, _measure_all(directory, 0, 1))
+  with concurrent.futures.ThreadPoolExecutor(1, "beside digests") as beside:
+    other = beside.submit(meanwhile or (lambda: None))
+    # The newest first: those are still in memory, and reading the oldest would drive them out.
+    names = sorted(_names(directory), key=lambda name: (-(directory / name).stat().mtime, name))
+    files = _measure_all(directory, names, stop)
+    other.result()
+  _write_record(directory, files)
 
 
 def write_part(directory: epath.Path, process: int, num_processes: int) -> None:
@@ -82,7 +103,7 @@ def write_part(directory: epath.Path, process: int, num_processes: int) -> None:
   Raises:
     OSError: a file cannot be read, or the part not written (full disk).
   """
-  files = _measure_all(directory, process, num_processes)
+  files = _measure_all(directory, sorted(_names(directory))[process::num_processes])
   replace_text(directory / _PART_NAME.format(process), json.dumps(files))
 
 
@@ -102,10 +123,9 @@ def merge_parts(directory: epath.Path, num_processes: int) -> None:
 
 
 def _measure_all(
-  directory: epath.Path, process: int, num_processes: int
+  directory: epath.Path, names: Iterable[str], stop: threading.Event | None = None
 ) -> dict[str, tuple[int, str]]:
-  names = sorted(_names(directory))[process::num_processes]
-  return dict(_in_threads(lambda name: (name, _measure(directory / name)), names))
+  return dict(_in_threads(lambda name: (name, _measure(directory / name, stop)), names))
 
 
 def _write_record(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> None:
@@ -123,11 +143,16 @@ def find_problems(
   parts: Iterable[str] | None = None,
   process: int = 0,
   num_processes: int = 1,
+  *,
+  stop: threading.Event | None = None,
 ) -> list[str]:
   """Return one phrase for each file that is not as it was when the digests were written.
 
   `parts` limits the check to these sub-directories and the files beside them; one of several
   processes checks its share of them.
+
+  Raises:
+    StoppedError: `stop` was set.
   """
   try:
     recorded = json.loads((directory / FILE_NAME).read_text())
@@ -142,8 +167,26 @@ def find_problems(
     wanted = set(parts)
     files = {n: f for n, f in files.items() if "/" not in n or n.partition("/")[0] in wanted}
   names = sorted(files)[process::num_processes]
-  problems = _in_threads(lambda name: _problem(directory / name, name, *files[name]), names)
+  problems = _in_threads(lambda name: _problem(directory / name, name, files, stop), names)
   return [problem for problem in problems if problem]
+
+
+class Check:
+  """Holds a directory's files against their digests in the background, as `find_problems` does."""
+
+  def __init__(self, directory: epath.Path, parts: Iterable[str] | None = None) -> None:
+    self._stop = threading.Event()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "check")
+    self._problems = self._thread.submit(find_problems, directory, parts, stop=self._stop)
+
+  def problems(self) -> list[str]:
+    """Wait until all is read and return one phrase for each file that is not as it was."""
+    return self._problems.result()
+
+  def close(self) -> None:
+    """Let what is still being read be."""
+    self._stop.set()
+    self._thread.shutdown()
 
 
 def _names(directory: epath.Path, prefix: str = "") -> Iterator[str]:
@@ -160,18 +203,24 @@ def _in_threads(function: Callable[[str], _Result], names: Iterable[str]) -> lis
     return list(threads.map(function, names))
 
 
-def _measure(path: epath.Path) -> tuple[int, str]:
+def _measure(path: epath.Path, stop: threading.Event | None) -> tuple[int, str]:
+  digest, size, buffer = hashlib.new(_ALGORITHM), 0, memoryview(bytearray(_BUFFER_BYTES))
   with path.open("rb") as file:
-    digest = hashlib.file_digest(file, _ALGORITHM).hexdigest()
-    return file.tell(), digest
+    while count := file.readinto(buffer):
+      if stop is not None and stop.is_set():
+        raise StoppedError(f"reading {path} was stopped")
+      digest.update(buffer[:count])
+      size += count
+  return size, digest.hexdigest()
 
 
-def _problem(path: epath.Path, name: str, size: int, digest: str) -> str:
+def _problem(path: epath.Path, name: str, files: _Files, stop: threading.Event | None) -> str:
+  size, digest = files[name]
   try:
     found_size = path.stat().length  # Answers for a truncated file without reading it.
     if found_size != size:
       return f"{name} has {found_size} of {size} bytes"
-    return "" if _measure(path)[1] == digest else f"{name} differs from its digest"
+    return "" if _measure(path, stop)[1] == digest else f"{name} differs from its digest"
   except FileNotFoundError:
     return f"{name} is missing"
   except OSError as error:

@@ -7,6 +7,7 @@ at a time. `BlockArray` is a leaf that Orbax saves without ever holding it whole
 A block is what chunks of one row range of one layer hold: no chunk spans two layers.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -120,6 +121,7 @@ class BlockArrayHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  #
 
   def __init__(self, num_threads: int) -> None:
     self._num_threads = num_threads
+    self.error: BaseException | None = None  # Why writing failed; cleared by who begins it.
 
   def typestr(self) -> str:
     return "jax.Array"
@@ -139,6 +141,14 @@ class BlockArrayHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  #
   async def _write(self, values: Sequence[BlockArray], infos: Sequence[Any]) -> None:
     for info in infos:
       await info.await_path_creation()
+    try:
+      self._write_all(values, infos)
+    except BaseException as error:
+      # Orbax prints the traceback of any error but this one; who saved is told all the same.
+      self.error = error
+      raise concurrent.futures.CancelledError from error
+
+  def _write_all(self, values: Sequence[BlockArray], infos: Sequence[Any]) -> None:
     # TensorStore would wait for the disk after every few blocks: a quarter of the speed.
     context = tensorstore.Context({"file_io_sync": False})
 

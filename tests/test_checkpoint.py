@@ -322,6 +322,104 @@ def test_digests_are_on_the_disk_before_and_after_they_count(tmp_path, monkeypat
   ]
 
 
+def test_a_step_is_used_while_its_files_are_checked(two_steps, open_checkpointer, monkeypatch):
+  go_on, find = threading.Event(), digests.find_problems
+
+  def find_late(*args, **options):
+    assert go_on.wait(30)
+    return find(*args, **options)
+
+  monkeypatch.setattr(digests, "find_problems", find_late)
+  seen = []
+
+  def use(opened, confirm):
+    seen.append(opened.arrays["embedding",].read().sum())
+    go_on.set()  # Begun before the check has ended, and ended after it.
+    confirm()
+    return opened.step
+
+  assert open_checkpointer().use_params(use) == 2
+  assert open_checkpointer().use_params(use, step=1) == 1
+  assert len(seen) == 2
+
+
+@pytest.mark.parametrize("fails", ["when it is confirmed", "before"])
+def test_what_was_made_of_a_corrupt_step_does_not_count(
+  fails, two_steps, open_checkpointer, caplog
+):
+  flip_byte(max(files(two_steps / "2/params"), key=lambda path: path.stat().st_size))
+  tried, confirmed = [], []
+
+  def use(opened, confirm):
+    tried.append(opened.step)
+    if fails == "before" and opened.step == 2:
+      raise RuntimeError("these values are odd")
+    confirm()
+    confirmed.append(opened.step)
+    return opened.step
+
+  assert open_checkpointer().use_params(use) == 1
+  assert (tried, confirmed) == ([2, 1], [1])
+  assert re.search("step 2 .* is corrupt: params/.* differs from its digest: passed", caplog.text)
+  with pytest.raises(ValueError, match=r"usable as step 2: step 2 .* is corrupt: params/"):
+    open_checkpointer().use_params(use, step=2)
+  with pytest.raises(ValueError, match=r"usable as step 7: there are \[2, 1\]"):
+    open_checkpointer().use_params(use, step=7)
+
+
+def test_a_mistake_on_a_good_step_is_raised(two_steps, open_checkpointer):
+  def use(opened, confirm):
+    raise KeyError("a bug")
+
+  with pytest.raises(KeyError, match="a bug"):
+    open_checkpointer().use_params(use)
+
+
+def test_unverified_steps_are_used_last(two_steps, open_checkpointer, caplog):
+  (two_steps / "2" / digests.FILE_NAME).unlink()
+  assert open_checkpointer().use_params(lambda opened, _: opened.step) == 1
+  (two_steps / "1" / digests.FILE_NAME).unlink()
+  assert open_checkpointer().use_params(lambda opened, _: opened.step) == 2
+  assert "trying step 2, which nothing verifies" in caplog.text
+
+
+def test_no_step_is_used_of_an_empty_workdir(open_checkpointer):
+  assert open_checkpointer().use_params(lambda opened, _: opened.step) is None
+
+
+def test_a_save_counts_only_once_it_is_proven(open_checkpointer, states, tmp_path):
+  checkpointer, step = open_checkpointer(), tmp_path / "checkpoints/1"
+  seen = []
+  checkpointer.save(1, states[1], {}, prove=lambda: seen.append(checkpointer.open_step(1)))
+  checkpointer.wait()
+  array = seen[0].arrays["embedding",].read()
+  assert array.tobytes() == np.asarray(states[1]["params"]["embedding"]).tobytes()
+  assert digests.exist(epath.Path(step))
+
+  def refuse():
+    assert not digests.exist(epath.Path(tmp_path / "checkpoints/2"))
+    raise RuntimeError("it is another model")
+
+  checkpointer.save(2, states[2], {}, prove=refuse)
+  with pytest.raises(checkpoint.CheckpointSaveError, match="it is another model"):
+    checkpointer.wait()
+  assert names(tmp_path / "checkpoints") == ["1"]
+
+
+def test_reading_for_digests_can_be_stopped(tmp_path):
+  (tmp_path / "a").write_bytes(bytes(10))
+  directory, stop = epath.Path(tmp_path), threading.Event()
+  digests.write(directory, stop=stop)
+  assert digests.find_problems(directory, stop=stop) == []
+  stop.set()
+  with pytest.raises(digests.StoppedError):
+    digests.find_problems(directory, stop=stop)
+  (tmp_path / digests.FILE_NAME).unlink()
+  with pytest.raises(digests.StoppedError):
+    digests.write(directory, stop=stop)
+  assert names(tmp_path) == ["a"]
+
+
 def test_saves_only_what_is_due_or_forced(tmp_path, states):
   config = RunConfig(checkpoint=CheckpointConfig(every=10))
   checkpointer = checkpoint.Checkpointer(tmp_path, config.checkpoint, config)
@@ -337,10 +435,10 @@ def test_save_returns_before_the_digests_and_nothing_is_deleted_before_them(
 ):
   go_on, write = threading.Event(), digests.write
 
-  def write_late(directory):
+  def write_late(directory, **options):
     assert "commit_success.txt" in names(directory)
     assert go_on.wait(30)
-    write(directory)
+    write(directory, **options)
 
   monkeypatch.setattr(digests, "write", write_late)
   checkpointer = open_checkpointer(keep_last=1)
@@ -359,7 +457,7 @@ def test_save_returns_before_the_digests_and_nothing_is_deleted_before_them(
 def test_a_failed_save_surfaces_and_leaves_nothing(
   two_steps, open_checkpointer, states, monkeypatch
 ):
-  def fail(directory):
+  def fail(directory, **_):
     raise OSError(28, "No space left on device")
 
   checkpointer = open_checkpointer()

@@ -1,11 +1,14 @@
 """A checkpoint of a workdir as a Hugging Face directory, streamed block by block, then proven."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -14,10 +17,10 @@ from etils import epath
 
 from mfjax.data.index import DataIndex, open_index
 from mfjax.hf import directory, layout, model_card, published_config, safetensors, tokenizer_files
-from mfjax.hf.progress import Report, Stage, silent
-from mfjax.hf.source import Checkpoint, cast, open_checkpoint, row_blocks
+from mfjax.hf.progress import Report, Stage, silent, until
+from mfjax.hf.source import Checkpoint, Confirm, cast, row_blocks, use_checkpoint
 from mfjax.hf.staging import check_absent, staged
-from mfjax.hf.verify import NUM_THREADS, Verdict, verify
+from mfjax.hf.verify import NUM_THREADS, Comparison, Verdict, with_logits
 from mfjax.parallel import run_all
 
 DTYPES = {
@@ -25,14 +28,10 @@ DTYPES = {
   "float16": np.dtype(np.float16),
   "float32": np.dtype(np.float32),
 }
-SHARD_BYTES = 5 * 10**9  # As Hugging Face's own tools cut.
+SHARD_BYTES = 2 * 10**9  # What is compared while the next is written.
 IMPORTED = "imported"  # Of a workdir: what an import kept that is no tensor.
 _MODEL_FILES = ("configuration_moduleformer.py", "modeling_moduleformer.py")
 _ROOM = 64 * 2**20  # For headers, tokenizer and the other small files.
-
-
-class DifferenceError(Exception):
-  """What was written is not the model that was read; nothing was left behind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,25 +66,43 @@ def export(
     DifferenceError: `out` read back differs from the checkpoint.
   """
   check_absent(out)
-  with open_checkpoint(workdir, step) as source:
-    dtype = dtype or source.config.compute_dtype.value
-    shards = _plan(source, DTYPES[dtype])
-    num_bytes = sum(_size(shard) for shard in shards.values())
-    with staged(out, num_bytes + _ROOM) as pending:
-      _write_shards(source, shards, pending, report)
+
+  def use(source: Checkpoint, confirm: Confirm) -> Exported:
+    return _export(source, out, dtype, num_tokens, report, confirm)
+
+  return use_checkpoint(workdir, step, use)
+
+
+def _export(
+  source: Checkpoint,
+  out: pathlib.Path,
+  dtype: str,
+  num_tokens: int,
+  report: Report,
+  confirm: Confirm,
+) -> Exported:
+  dtype = dtype or source.config.compute_dtype.value
+  shards = _plan(source, DTYPES[dtype])
+  num_bytes = sum(_size(shard) for shard in shards.values())
+  with staged(out, num_bytes + _ROOM) as pending:
+    with _writers(shards, pending) as writers:
+      # The headers are there, so the directory can be opened, and read where it is written.
       notes = _write_rest(source, shards, pending, dtype)
-      verdict = _prove(source, pending, num_tokens, report)
-      fields = {"step": source.opened.step, "dtype": dtype} | verdict.to_dict()
-      (pending / "parity.json").write_text(json.dumps(fields, indent=2) + "\n")
-      card = model_card.text(source, dtype, verdict, out.name)
-      (pending / "README.md").write_text(card, encoding="utf-8")
-    return Exported(
-      step=source.opened.step,
-      dtype=dtype,
-      num_bytes=num_bytes,
-      verdict=verdict,
-      notes=tuple(notes),
-    )
+      with contextlib.closing(directory.open_directory(pending)) as written:
+        verdict = _write_and_prove(source, writers, written, report)
+        confirm()
+        verdict = with_logits(verdict, source, written, report, num_tokens).require_equal()
+    fields = {"step": source.opened.step, "dtype": dtype} | verdict.to_dict()
+    _write_json(pending / "parity.json", fields)
+    card = model_card.text(source, dtype, verdict, out.name)
+    (pending / "README.md").write_text(card, encoding="utf-8")
+  return Exported(
+    step=source.opened.step,
+    dtype=dtype,
+    num_bytes=num_bytes,
+    verdict=verdict,
+    notes=tuple(notes),
+  )
 
 
 _Shard = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
@@ -116,29 +133,60 @@ def _plan(source: Checkpoint, dtype: np.dtype) -> dict[str, _Shard]:
   }
 
 
-def _write_shards(
-  source: Checkpoint, shards: Mapping[str, _Shard], out: pathlib.Path, report: Report
-) -> None:
-  stage = Stage("writing", sum(_size(shard) for shard in shards.values()), report)
-  writers: list[safetensors.Writer] = []
+@contextlib.contextmanager
+def _writers(shards: Mapping[str, _Shard], out: pathlib.Path) -> Iterator[list[safetensors.Writer]]:
+  with contextlib.ExitStack() as closing:
+    yield [
+      closing.enter_context(contextlib.closing(safetensors.Writer(out / file, shard)))
+      for file, shard in shards.items()
+    ]
 
-  def tasks() -> Iterator[Callable[[], None]]:
-    for file, shard in shards.items():
-      writer = safetensors.Writer(out / file, shard)
-      writers.append(writer)
-      for name in shard:
-        tensor = source.tensors.get(name)
-        if tensor is None:
-          yield functools.partial(_write_buffer, writer, name, stage)
-          continue
-        for start, stop in row_blocks(tensor, source.rows_per_block(name)):
-          yield functools.partial(_write_block, source, writer, name, start, stop, stage)
 
-  try:
-    run_all(tasks(), NUM_THREADS)
-  finally:
-    for writer in writers:
-      writer.close()
+def _write_and_prove(
+  source: Checkpoint,
+  writers: Iterable[safetensors.Writer],
+  written: directory.Directory,
+  report: Report,
+) -> Verdict:
+  """Write the shards one by one; read each back, and compare it, while the next is written.
+
+  So what the comparison reads of the checkpoint was read a moment ago and is still in memory.
+  """
+  comparison, stop = Comparison(source, written), threading.Event()
+  sizes = [entry.nbytes for writer in writers for entry in writer.entries.values()]
+  total = sum(sizes) + comparison.num_bytes
+  stage = Stage("writing and comparing", total, until(stop, report))
+
+  def prove(writer: safetensors.Writer) -> None:
+    writer.sync()
+    comparison.run([name for name in writer.entries if name in source.tensors], stage, NUM_THREADS)
+
+  with concurrent.futures.ThreadPoolExecutor(1, "prover") as prover:
+    try:
+      proofs = []
+      for writer in writers:
+        run_all(_write_tasks(source, writer, stage), NUM_THREADS)
+        proofs.append(prover.submit(prove, writer))
+        for proof in proofs[:-2]:  # One shard's proof may lag behind, not more.
+          proof.result()
+      for proof in proofs:
+        proof.result()
+    except BaseException:  # Ctrl-C as well.
+      stop.set()
+      raise
+  return comparison.verdict().require_equal()
+
+
+def _write_tasks(
+  source: Checkpoint, writer: safetensors.Writer, stage: Stage
+) -> Iterator[Callable[[], None]]:
+  for name in writer.entries:
+    tensor = source.tensors.get(name)
+    if tensor is None:
+      yield functools.partial(_write_buffer, writer, name, stage)
+      continue
+    for start, stop in row_blocks(tensor, source.rows_per_block(name)):
+      yield functools.partial(_write_block, source, writer, name, start, stop, stage)
 
 
 def _write_block(
@@ -200,18 +248,6 @@ def _open_data(source: Checkpoint) -> tuple[DataIndex | None, str]:
     return open_index(source.run_config.data.path), ""
   except ValueError as error:  # The run's data may be on another machine.
     return None, str(error)
-
-
-def _prove(source: Checkpoint, out: pathlib.Path, num_tokens: int, report: Report) -> Verdict:
-  """Read `out` back and compare it with the checkpoint."""
-  written = directory.open_directory(out)
-  try:
-    verdict = verify(source, written, report, num_tokens=num_tokens)
-  finally:
-    written.close()
-  if not verdict.is_equal:
-    raise DifferenceError("; ".join(" ".join(line.split()) for line in verdict.lines()))
-  return verdict
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ import functools
 import math
 import pathlib
 import shutil
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,11 +18,11 @@ from mfjax.checkpoint import Checkpointer, CheckpointSaveError
 from mfjax.config import RunConfig
 from mfjax.hf import layout, tokenizer_files
 from mfjax.hf.directory import CONFIG_FILE, Directory, open_directory
-from mfjax.hf.export import DTYPES, IMPORTED, DifferenceError
-from mfjax.hf.progress import Report, Stage, silent
+from mfjax.hf.export import DTYPES, IMPORTED
+from mfjax.hf.progress import Report, Stage, silent, until
 from mfjax.hf.source import Checkpoint, cast
 from mfjax.hf.staging import check_absent, staged
-from mfjax.hf.verify import Verdict, compare_tensors
+from mfjax.hf.verify import NUM_THREADS, Comparison, DifferenceError, Verdict
 from mfjax.stored_arrays import BlockArray, Index, chunk_shape
 
 _ROOM = 64 * 2**20  # For what is not tensors.
@@ -63,19 +65,19 @@ def import_checkpoint(
   source = open_directory(path)
   try:
     run_config = _agreed(source, run_config)
-    sizes = _axis_sizes(run_config, num_devices)
     shapes = model.abstract_params(run_config.model)
     num_bytes = sum(x.size for x in jax.tree.leaves(shapes)) * DTYPES[dtype].itemsize
+    stop = threading.Event()
+    report = until(stop, report)
     stage = Stage("writing", num_bytes, report)
-    tree = _tree(source, run_config, sizes, DTYPES[dtype], stage)
+    by_leaf = {(tensor.parts[0], tensor.layer): tensor for tensor in source.tensors.values()}
+    read = functools.partial(_read, source, by_leaf, DTYPES[dtype], stage)
+    tree = block_arrays(run_config, num_devices, DTYPES[dtype], read)
     with staged(out, num_bytes + _ROOM) as pending:
       workdir.write_config(pending, run_config)
       _keep(source, pending / IMPORTED)
       with contextlib.closing(Checkpointer(pending, run_config.checkpoint, run_config)) as writer:
-        _save(writer, tree, out, stage)
-        # Its digests are a moment old: what they would tell, the comparison tells.
-        written = Checkpoint(path=workdir.absolute(pending), opened=writer.open_step(0))
-        verdict = _proven(source, written, report)
+        verdict = _save(writer, tree, out, stop, lambda: _proven(source, pending, writer, report))
     return Imported(config=run_config, num_bytes=num_bytes, verdict=verdict)
   finally:
     source.close()
@@ -98,36 +100,33 @@ def _agreed(source: Directory, run_config: RunConfig | None) -> RunConfig:
   return run_config
 
 
-def _tree(
-  source: Directory,
+def block_arrays(
   run_config: RunConfig,
-  sizes: dict[str, int],
+  num_devices: int | None,
   dtype: np.dtype,
-  stage: Stage,
-) -> dict[str, Any]:
-  """Return the tree of parameters, computed as they are written."""
+  read: Callable[[layout.Keys, Index], np.ndarray],
+) -> Any:
+  """Return the tree of parameters as arrays whose blocks `read` computes as they are written.
+
+  Raises:
+    ValueError: the mesh does not divide an array.
+  """
+  sizes = _axis_sizes(run_config, num_devices)
   specs = model.param_specs(run_config.model, run_config.mesh)
-  shapes = model.abstract_params(run_config.model)
-  by_leaf: dict[tuple[layout.Keys, int | None], layout.Tensor] = {
-    (tensor.parts[0], tensor.layer): tensor for tensor in source.tensors.values()
-  }
-  leaves = dict.fromkeys(keys for keys, _ in by_leaf)
-  tree: dict[str, Any] = {}
-  for keys in leaves:
-    shape = _at(shapes, keys).shape
-    shard = _shard_shape(shape, _at(specs, keys), sizes)
+
+  def array(path: Any, shape: jax.ShapeDtypeStruct) -> BlockArray:
+    keys = tuple(key.key for key in path)
+    shard = _shard_shape(shape.shape, _at(specs, keys), sizes)
     stacked = keys[0] == layout.STACKED
-    node = tree
-    for key in keys[:-1]:
-      node = node.setdefault(key, {})
-    node[keys[-1]] = BlockArray(
-      shape=shape,
+    return BlockArray(
+      shape=shape.shape,
       dtype=dtype,
-      chunk=chunk_shape(shape, shard, dtype.itemsize, stacked=stacked),
+      chunk=chunk_shape(shape.shape, shard, dtype.itemsize, stacked=stacked),
       stacked=stacked,
-      read=functools.partial(_read, source, by_leaf, keys, dtype, stage),
+      read=functools.partial(read, keys),
     )
-  return tree
+
+  return jax.tree.map_with_path(array, model.abstract_params(run_config.model))
 
 
 def _axis_sizes(run_config: RunConfig, num_devices: int | None) -> dict[str, int]:
@@ -157,10 +156,10 @@ def _shard_shape(shape: layout.Shape, spec: Any, sizes: dict[str, int]) -> layou
 
 def _read(
   source: Directory,
-  by_leaf: dict[tuple[layout.Keys, int | None], layout.Tensor],
-  keys: layout.Keys,
+  by_leaf: Mapping[tuple[layout.Keys, int | None], layout.Tensor],
   dtype: np.dtype,
   stage: Stage,
+  keys: layout.Keys,
   index: Index,
 ) -> np.ndarray:
   """Return a block of one of our leaves from the published tensors."""
@@ -189,22 +188,41 @@ def _keep(source: Directory, folder: pathlib.Path) -> None:
   tokenizer_files.copy(source.path, folder)
 
 
-def _save(checkpointer: Checkpointer, tree: Any, out: pathlib.Path, stage: Stage) -> None:
+def _save(
+  checkpointer: Checkpointer,
+  tree: Any,
+  out: pathlib.Path,
+  stop: threading.Event,
+  prove: Callable[[], Verdict],
+) -> Verdict:
+  """Write `tree` as step 0; return what `prove` found while its digests were computed."""
   state = {"params": tree, "step": np.int32(0), "skipped": np.int32(0)}
+  verdicts: list[Verdict] = []
   try:
-    checkpointer.save(0, state, {}, force=True)
+    checkpointer.save(0, state, {}, force=True, prove=lambda: verdicts.append(prove()))
     checkpointer.wait()
   except CheckpointSaveError as error:
-    if isinstance(error.__cause__, ValueError):
+    if isinstance(error.__cause__, ValueError | DifferenceError):
       raise error.__cause__ from error
     raise ValueError(f"{out} could not be written: {error.reason}") from error
   except BaseException:  # Ctrl-C: or else the writing would go on to its end first.
-    stage.cancel()
+    stop.set()
+    checkpointer.abandon()
     raise
+  return verdicts[0]
 
 
-def _proven(source: Directory, written: Checkpoint, report: Report) -> Verdict:
-  verdict = compare_tensors(source, written, report)
-  if not verdict.is_equal:
-    raise DifferenceError("; ".join(" ".join(line.split()) for line in verdict.lines()))
-  return verdict
+def _proven(
+  source: Directory, pending: pathlib.Path, checkpointer: Checkpointer, report: Report
+) -> Verdict:
+  written = Checkpoint(path=workdir.absolute(pending), opened=checkpointer.open_step(0))
+  comparison = Comparison(source, written)
+  # What was written last is still in memory: to begin with the first would drive it out.
+  tensors = sorted(
+    (source.tensors[name] for name in comparison.names),
+    key=lambda tensor: (tensor.parts, tensor.layer or 0),
+    reverse=True,
+  )
+  names = [tensor.name for tensor in tensors]
+  comparison.run(names, Stage("comparing", comparison.num_bytes, report), NUM_THREADS)
+  return comparison.verdict().require_equal()

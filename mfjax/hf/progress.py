@@ -28,25 +28,25 @@ class Stage:
   def __init__(self, name: str, total: int, report: Report) -> None:
     self._name, self._total, self._report = name, total, report
     self._done, self._began = 0, time.perf_counter()
-    self._cancelled = False
     self._lock = threading.Lock()
 
-  def cancel(self) -> None:
-    """Let the work end at its next addition."""
-    self._cancelled = True
-
   def add(self, num_bytes: int) -> None:
-    """Count `num_bytes` more.
-
-    Raises:
-      RuntimeError: the work was cancelled.
-    """
-    if self._cancelled:
-      raise RuntimeError(f"{self._name} was cancelled")
+    """Count `num_bytes` more."""
     with self._lock:
       self._done += num_bytes
       seconds = time.perf_counter() - self._began
       self._report(Progress(self._name, self._done, self._total, seconds))
+
+
+def until(stop: threading.Event, report: Report) -> Report:
+  """Return `report`, but one that raises RuntimeError once `stop` is set: so work ends early."""
+
+  def report_or_end(progress: Progress) -> None:
+    if stop.is_set():
+      raise RuntimeError(f"{progress.stage} was stopped")
+    report(progress)
+
+  return report_or_end
 
 
 def silent(_: Progress) -> None:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pathlib
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -176,7 +175,7 @@ class Writer:
   def __init__(self, path: pathlib.Path, tensors: Mapping[str, tuple[np.dtype, Sequence[int]]]):
     """Create the file at its final size and write the header; data of `tensors` in their order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position, self.entries, self._left = 0, {}, 0
+    position, self.entries = 0, {}
     for name, (dtype, shape) in tensors.items():
       entry = Entry(dtype, tuple(shape), position)
       end = position + entry.nbytes
@@ -185,24 +184,21 @@ class Writer:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     self._begin = 8 + len(text)
-    self._left = position
-    self._lock = threading.Lock()
     self._file = path.open("xb")
     self._write(len(text).to_bytes(8, "little") + text, 0)
     os.truncate(self._file.fileno(), self._begin + position)
 
   def write(self, name: str, start: int, rows: np.ndarray) -> None:
-    """Write rows of a tensor from row `start` on; the file's last block puts it on the disk."""
+    """Write rows of a tensor from row `start` on."""
     entry = self.entries[name]
     assert rows.dtype == entry.dtype and rows.shape[1:] == entry.shape[1:], name
     row = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
     data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
     self._write(data, self._begin + entry.start + start * row)
-    with self._lock:
-      self._left -= data.nbytes
-      is_last = self._left == 0
-    if is_last:
-      os.fsync(self._file.fileno())
+
+  def sync(self) -> None:
+    """Wait until all that was written is on the disk."""
+    os.fsync(self._file.fileno())
 
   def _write(self, data: Any, offset: int) -> None:
     view, done = memoryview(data), 0
@@ -210,5 +206,5 @@ class Writer:
       done += os.pwrite(self._file.fileno(), view[done:], offset + done)
 
   def close(self) -> None:
-    """Close the file; a complete one is on the disk already."""
+    """Close the file."""
     self._file.close()

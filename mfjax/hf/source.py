@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
@@ -15,6 +15,9 @@ from mfjax.hf import directory, layout
 from mfjax.stored_arrays import Index
 
 BLOCK_BYTES = 64 * 2**20  # What one thread holds of a tensor at a time.
+
+Confirm = Callable[[], None]  # Raises if what was read is not what was once written.
+_Result = TypeVar("_Result")
 
 
 class Source(Protocol):
@@ -42,42 +45,45 @@ class Source(Protocol):
     ...
 
 
-@contextlib.contextmanager
-def open_source(path: epath.PathLike, step: int | None = None) -> Iterator[Source]:
-  """Open a workdir of mfjax (its newest good step, or `step`) or a directory of PyTorch tensors.
+def use_source(
+  path: epath.PathLike, step: int | None, use: Callable[[Source, Confirm], _Result]
+) -> _Result:
+  """Return what `use(source, confirm)` makes of a workdir's step or a directory of PyTorch tensors.
+
+  Of a workdir it is the newest good step, or `step`, as `use_checkpoint` does it.
 
   Raises:
-    ValueError: it is neither, or it is damaged; names all that is wrong.
+    ValueError: `path` is neither, or it is damaged; names all that is wrong.
   """
   if (workdir.absolute(path) / "checkpoints").exists():
-    with open_checkpoint(path, step) as source:
-      yield source
-    return
+    return use_checkpoint(path, step, use)
   if step is not None:
     raise ValueError(f"{path} is no workdir, so it has no step {step}")
-  opened = directory.open_directory(pathlib.Path(path))
-  try:
-    yield opened
-  finally:
-    opened.close()
+  with contextlib.closing(directory.open_directory(pathlib.Path(path))) as opened:
+    return use(opened, lambda: None)
 
 
-@contextlib.contextmanager
-def open_checkpoint(path: epath.PathLike, step: int | None = None) -> Iterator["Checkpoint"]:
-  """Open the newest good step of a workdir, or `step`.
+def use_checkpoint(
+  path: epath.PathLike, step: int | None, use: Callable[["Checkpoint", Confirm], _Result]
+) -> _Result:
+  """Return what `use(checkpoint, confirm)` makes of a workdir's newest good step, or of `step`.
+
+  It begins before the step's files were held against their digests, and must call `confirm` before
+  its result can be seen: see `Checkpointer.use_params`.
 
   Raises:
     ValueError: `path` is no workdir, or has no such step, or none that is good.
   """
   run_config = workdir.read_config(path)
-  checkpointer = checkpoint.Checkpointer(path, CheckpointConfig(), run_config)
-  try:
-    opened = checkpointer.open_params(step)
-    if opened is None:
-      raise ValueError(f"{path} has no checkpoint yet: train first, or give another workdir")
-    yield Checkpoint(path=workdir.absolute(path), opened=opened)
-  finally:
-    checkpointer.close()
+  opener = checkpoint.Checkpointer(path, CheckpointConfig(), run_config)
+  with contextlib.closing(opener):
+    made = opener.use_params(
+      lambda opened, confirm: use(Checkpoint(path=workdir.absolute(path), opened=opened), confirm),
+      step,
+    )
+  if made is None:
+    raise ValueError(f"{path} has no checkpoint yet: train first, or give another workdir")
+  return made
 
 
 @dataclasses.dataclass(kw_only=True)

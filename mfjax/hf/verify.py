@@ -8,19 +8,24 @@ programs compute; what the rounding itself does to the logits is reported beside
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from mfjax.hf import parity, published_config
 from mfjax.hf.parity import LogitParity
 from mfjax.hf.progress import Report, Stage, silent
-from mfjax.hf.source import Source, cast, narrower, row_blocks
+from mfjax.hf.source import Confirm, Source, cast, narrower, row_blocks, use_source
 from mfjax.parallel import run_all
 
 NUM_THREADS = 4
 _NOT_COMPARED = {"sample_topk", "embd_pdrop", "resid_pdrop", "moe_pdrop", "initializer_range"}
+
+
+class DifferenceError(Exception):
+  """What was written is not the model that was read; nothing was left behind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,12 @@ class Verdict:
   @property
   def is_equal(self) -> bool:
     return not self.differences and (self.logits is None or self.logits.is_within_tolerance)
+
+  def require_equal(self) -> "Verdict":
+    """Return this verdict, or raise DifferenceError with all that it says."""
+    if not self.is_equal:
+      raise DifferenceError("; ".join(" ".join(line.split()) for line in self.lines()))
+    return self
 
   def to_dict(self) -> dict[str, Any]:
     """Return the content of parity.json."""
@@ -71,9 +82,42 @@ class Verdict:
     return lines
 
 
-def verify(a: Source, b: Source, report: Report = silent, *, num_tokens: int = 256) -> Verdict:
-  """Compare all tensors, then the logits of `num_tokens` random tokens (0: tensors alone)."""
-  verdict = compare_tensors(a, b, report)
+def verify(
+  a: epath.PathLike,
+  b: epath.PathLike,
+  *,
+  step_a: int | None = None,
+  step_b: int | None = None,
+  num_tokens: int = 256,
+  report: Report = silent,
+) -> Verdict:
+  """Compare all tensors, then the logits of `num_tokens` random tokens (0: tensors alone).
+
+  Args:
+    a, b: workdirs or directories of PyTorch tensors.
+    step_a, step_b: of a workdir; by default its newest good step.
+
+  Raises:
+    ValueError: one of them cannot be read; names all that is wrong with it.
+  """
+
+  def compare(
+    left: Source, confirm_left: Confirm, right: Source, confirm_right: Confirm
+  ) -> Verdict:
+    verdict = compare_tensors(left, right, report)
+    confirm_left()
+    confirm_right()
+    return with_logits(verdict, left, right, report, num_tokens)
+
+  return use_source(
+    a,
+    step_a,
+    lambda *left: use_source(b, step_b, lambda *right: compare(*left, *right)),
+  )
+
+
+def with_logits(verdict: Verdict, a: Source, b: Source, report: Report, num_tokens: int) -> Verdict:
+  """Return the verdict on tensors with that on logits, or why there is none."""
   if num_tokens == 0:
     return dataclasses.replace(verdict, logits_skipped="it was not asked for")
   if _shapes(a) != _shapes(b):
@@ -86,37 +130,56 @@ def verify(a: Source, b: Source, report: Report = silent, *, num_tokens: int = 2
 
 def compare_tensors(a: Source, b: Source, report: Report = silent) -> Verdict:
   """Compare the configurations and every tensor of two sources."""
-  differences = _config_differences(a, b)
-  for one, other in ((a, b), (b, a)):
-    missing = [name for name in one.tensors if name not in other.tensors]
-    differences += [f"{name} is missing in {other.label}" for name in missing]
-  shared = [name for name in a.tensors if name in b.tensors]
-  same_shape = []
-  for name in shared:
-    shapes = [list(source.tensors[name].shape) for source in (a, b)]
-    if shapes[0] == shapes[1]:
-      same_shape.append(name)
-    else:
-      differences.append(f"{name} is {shapes[0]} in {a.label} and {shapes[1]} in {b.label}")
-  parameters = sum(a.tensors[name].size for name in same_shape)
-  narrow = {name: narrower(a.dtype(name), b.dtype(name)) for name in same_shape}
-  total = sum(a.tensors[name].size * dtype.itemsize for name, dtype in narrow.items())
-  stage, findings = Stage("comparing", total, report), _Findings()
+  comparison = Comparison(a, b)
+  stage = Stage("comparing", comparison.num_bytes, report)
+  comparison.run(comparison.names, stage, NUM_THREADS)
+  return comparison.verdict()
 
-  def tasks() -> Iterator[Callable[[], None]]:
-    for name in same_shape:
+
+class Comparison:
+  """Compares two sources: configurations and shapes at once, values tensor by tensor."""
+
+  def __init__(self, a: Source, b: Source) -> None:
+    self._a, self._b, self._findings = a, b, _Findings()
+    self._differences = _config_differences(a, b)
+    for one, other in ((a, b), (b, a)):
+      missing = [name for name in one.tensors if name not in other.tensors]
+      self._differences += [f"{name} is missing in {other.label}" for name in missing]
+    self.names = []  # Of the tensors whose values can be compared.
+    for name in [name for name in a.tensors if name in b.tensors]:
+      shapes = [list(source.tensors[name].shape) for source in (a, b)]
+      if shapes[0] == shapes[1]:
+        self.names.append(name)
+      else:
+        self._differences.append(f"{name} is {shapes[0]} in {a.label} and {shapes[1]} in {b.label}")
+
+  @property
+  def num_bytes(self) -> int:
+    """Return what all values take in the narrower dtype of each tensor: a stage's total."""
+    a, b = self._a, self._b
+    itemsizes = {name: narrower(a.dtype(name), b.dtype(name)).itemsize for name in self.names}
+    return sum(a.tensors[name].size * itemsize for name, itemsize in itemsizes.items())
+
+  def run(self, names: Iterable[str], stage: Stage, num_threads: int) -> None:
+    """Compare the values of some of the tensors."""
+    run_all(self._tasks(names, stage), num_threads)
+
+  def _tasks(self, names: Iterable[str], stage: Stage) -> Iterator[Callable[[], None]]:
+    a, b = self._a, self._b
+    for name in names:
       rows = max(source.rows_per_block(name) for source in (a, b))
-      for start, stop in row_blocks(a.tensors[name], rows):
-        yield functools.partial(_compare_block, a, b, name, start, stop, stage, findings)
+      for block in row_blocks(a.tensors[name], rows):
+        yield functools.partial(_compare_block, a, b, name, *block, stage, self._findings)
 
-  run_all(tasks(), NUM_THREADS)
-  differences += [findings.phrase(name) for name in same_shape if name in findings.counts]
-  return Verdict(
-    tensors=len(same_shape),
-    parameters=parameters,
-    dtypes=(_dtypes(a), _dtypes(b)),
-    differences=tuple(differences),
-  )
+  def verdict(self) -> Verdict:
+    """Return what was found so far."""
+    found = [self._findings.phrase(name) for name in self.names if name in self._findings.counts]
+    return Verdict(
+      tensors=len(self.names),
+      parameters=sum(self._a.tensors[name].size for name in self.names),
+      dtypes=(_dtypes(self._a), _dtypes(self._b)),
+      differences=(*self._differences, *found),
+    )
 
 
 class _Findings:

@@ -67,8 +67,10 @@ def make_workdir(
   params = draw_params(config) if params is None else params
   num_devices = int(np.prod(list(mesh.axis_sizes.values())))
   devices = sharding.make_mesh(mesh, jax.devices()[:num_devices])
-  placed = jax.device_put(params, sharding.shardings(devices, model.param_specs(config, mesh)))
-  workdir.write_config(path, run_config)
+  shardings = sharding.shardings(devices, model.param_specs(config, mesh))
+  placed = jax.tree.map(_place, params, shardings)
+  if jax.process_index() == 0:
+    workdir.write_config(path, run_config)
   checkpointer = Checkpointer(path, run_config.checkpoint, run_config)
   for step in steps:
     state = {"params": placed, "step": np.int32(step), "skipped": np.int32(0)}
@@ -77,12 +79,16 @@ def make_workdir(
   return params
 
 
+def _place(value: Any, to: jax.sharding.Sharding) -> jax.Array:
+  # `device_put` would compare the value over all hosts, in a compiled program per shape.
+  return jax.make_array_from_callback(value.shape, to, lambda index: value[index])
+
+
 def read_params(path: pathlib.Path) -> Any:
   """Return the parameters of a workdir's newest step as NumPy arrays."""
   run_config = workdir.read_config(path)
   checkpointer = Checkpointer(path, run_config.checkpoint, run_config)
-  opened = checkpointer.open_params()
-  assert opened is not None
+  opened = checkpointer.open_step(checkpointer.latest_steps()[0])
   tree: dict[str, Any] = {}
   for keys, array in opened.arrays.items():
     node = tree

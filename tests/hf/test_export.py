@@ -15,9 +15,11 @@ from mfjax import model, sharding
 from mfjax.config import DataConfig, KernelConfig, MeshConfig
 from mfjax.data.prepare import PrepareOptions, prepare
 from mfjax.hf import export as export_module
-from mfjax.hf import layout
-from mfjax.hf.export import DifferenceError, export
+from mfjax.hf import layout, parity
+from mfjax.hf.directory import Directory
+from mfjax.hf.export import export
 from mfjax.hf.import_checkpoint import import_checkpoint
+from mfjax.hf.verify import DifferenceError
 from mfjax.model import Execution
 from mfjax.stored_arrays import StoredArray
 from pallas_kernels.implementation import Implementation
@@ -265,6 +267,25 @@ def test_a_wrong_byte_is_a_difference_and_leaves_nothing(mfjax, tmp_path, monkey
   assert done.code == 1
   assert "mfjax export: error: the export differs: " in done.err
   assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_logits_that_differ_are_a_difference_and_leave_nothing(mfjax, tmp_path, monkeypatch):
+  models.make_workdir(tmp_path / "w", models.IDENTITY)
+  logits = parity.logits
+
+  def wrong(source, *args):  # As if PyTorch's program were another one.
+    return logits(source, *args) * (1.001 if isinstance(source, Directory) else 1)
+
+  monkeypatch.setattr(parity, "reason_to_skip", lambda a, b: "")
+  monkeypatch.setattr(parity, "_TorchStack", lambda config, _: parity._JaxStack(config))
+  monkeypatch.setattr(parity, "_WHOLE_MODEL_BYTES", 0)
+  assert export(tmp_path / "w", tmp_path / "right").verdict.logits.max_difference == 0
+  monkeypatch.setattr(parity, "logits", wrong)
+  done = mfjax("export", "w", "out")
+  assert done.code == 1
+  assert "mfjax export: error: the export differs: " in done.err
+  assert "BEYOND tolerance: 0.00% of positions are within 0.0001 of the range" in done.err
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["right", "w"]
 
 
 def test_command(mfjax, tmp_path):

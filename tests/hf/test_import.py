@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import tensorstore
 
-from mfjax import model, sharding, train_step, workdir
+from mfjax import model, sharding, stored_arrays, train_step, workdir
 from mfjax.checkpoint import Checkpointer
 from mfjax.config import DType, KernelConfig, MeshConfig, RunConfig
 from mfjax.hf import layout, pickled
@@ -123,7 +123,7 @@ def test_a_mesh_that_does_not_divide_is_refused(tmp_path):
   config = RunConfig(model=models.IDENTITY, mesh=MeshConfig(expert=3))
   models.make_workdir(tmp_path / "a", models.IDENTITY)
   export(tmp_path / "a", tmp_path / "out", num_tokens=0)
-  with pytest.raises(ValueError, match=r"32 is not divisible by the mesh's fsdp\*expert=3"):
+  with pytest.raises(ValueError, match="a size of 4 is not divisible by the mesh's expert=3"):
     import_checkpoint(tmp_path / "out", tmp_path / "b", run_config=config)
   assert not (tmp_path / "b").exists()
 
@@ -244,6 +244,28 @@ def test_only_blocks_are_held(tmp_path, monkeypatch):
   monkeypatch.setattr("mfjax.hf.source.BLOCK_BYTES", 8192)
   import_checkpoint(models.GOLDEN / "molm_like", tmp_path / "w")
   assert max(sizes) <= 64 * 96 * 4  # One expert; a layer has 16 of them.
+
+
+def test_a_wrong_value_is_a_difference_and_leaves_nothing(mfjax, tmp_path, monkeypatch):
+  write = stored_arrays._write_block
+
+  def damage(store, value, index):
+    read = value.read
+
+    def wrong(index):
+      values = read(index)
+      values.flat[0] += 1
+      return values
+
+    write(store, dataclasses.replace(value, read=wrong), index)
+
+  monkeypatch.setattr(stored_arrays, "_write_block", damage)
+  done = mfjax("import", str(models.GOLDEN / "multihead"), "w")
+  assert done.code == 1
+  assert "mfjax import: error: the import differs: tensors 58 tensors" in done.err
+  assert "lm_head.weight differs in 1 values, by up to 1" in done.err
+  assert "Traceback" not in done.err
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_command(mfjax, tmp_path):

@@ -11,16 +11,11 @@ import pytest
 
 from mfjax.hf import parity
 from mfjax.hf.export import export
-from mfjax.hf.source import narrower, open_source
+from mfjax.hf.source import narrower
 from mfjax.hf.verify import verify
 from tests.hf import models
 
 has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
-
-
-def compare(a, b, num_tokens=0):
-  with open_source(a) as left, open_source(b) as right:
-    return verify(left, right, num_tokens=num_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +31,7 @@ def pair(tmp_path_factory):
 @pytest.mark.parametrize("a", ["w", "f32", "bf16"])
 @pytest.mark.parametrize("b", ["w", "f32", "bf16"])
 def test_any_two_of_either_kind(pair, a, b):
-  verdict = compare(pair / a, pair / b)
+  verdict = verify(pair / a, pair / b, num_tokens=0)
   assert verdict.is_equal
   assert verdict.tensors == 2 * 18 + 4
   assert verdict.differences == ()
@@ -50,7 +45,7 @@ def test_every_difference_is_named(pair, tmp_path):
   params["lm_head"][4] += 2
   models.make_workdir(tmp_path / "w", models.HEADS, params=params)
   for a, b in ((tmp_path / "w", pair / "f32"), (pair / "w", tmp_path / "w")):
-    verdict = compare(a, b)
+    verdict = verify(a, b, num_tokens=0)
     assert not verdict.is_equal
     assert [line.partition(" differs")[0] for line in verdict.differences] == [
       "transformer.h.0.attn.k_proj.weight",
@@ -61,7 +56,7 @@ def test_every_difference_is_named(pair, tmp_path):
     assert verdict.differences[2].endswith("differs in 1 values, by up to 0.5")
     assert verdict.differences[3].endswith("differs in 32 values, by up to 2")
   # A last bit is no difference once it is rounded away.
-  assert len(compare(tmp_path / "w", pair / "bf16").differences) == 3
+  assert len(verify(tmp_path / "w", pair / "bf16", num_tokens=0).differences) == 3
 
 
 def test_signs_of_zero_count(pair, tmp_path):
@@ -70,13 +65,13 @@ def test_signs_of_zero_count(pair, tmp_path):
   models.make_workdir(tmp_path / "a", models.HEADS, params=params)
   params["final_norm"]["bias"][0] = -0.0
   models.make_workdir(tmp_path / "b", models.HEADS, params=params)
-  assert not compare(tmp_path / "a", tmp_path / "b").is_equal
+  assert not verify(tmp_path / "a", tmp_path / "b", num_tokens=0).is_equal
 
 
 def test_other_shapes_and_settings_are_differences(pair, tmp_path):
   config = dataclasses.replace(models.HEADS, num_layers=3, d_ff=40, ff_top_k=1, layer_norm_eps=1e-6)
   models.make_workdir(tmp_path / "w", config)
-  verdict = compare(tmp_path / "w", pair / "f32", num_tokens=64)
+  verdict = verify(tmp_path / "w", pair / "f32", num_tokens=64)
   assert verdict.logits_skipped == "the models have different tensors"
   text = "\n".join(verdict.differences)
   assert "n_layer is 3 in" in text
@@ -89,17 +84,30 @@ def test_other_shapes_and_settings_are_differences(pair, tmp_path):
 def test_settings_of_training_do_not_count(pair, tmp_path):
   config = dataclasses.replace(models.HEADS, residual_dropout=0.1, sample_top_k=1, init_std=0.5)
   models.make_workdir(tmp_path / "w", config)
-  assert compare(tmp_path / "w", pair / "w").is_equal
+  assert verify(tmp_path / "w", pair / "w", num_tokens=0).is_equal
+
+
+def test_a_corrupt_step_is_passed_over(pair, tmp_path):
+  models.make_workdir(tmp_path / "w", models.HEADS, steps=(1,))
+  other = models.draw_params(models.HEADS, seed=1)
+  models.make_workdir(tmp_path / "w", models.HEADS, params=other, steps=(2,))
+  assert not verify(tmp_path / "w", pair / "f32", num_tokens=0).is_equal
+  data = max((tmp_path / "w/checkpoints/2/params").rglob("*"), key=lambda p: p.stat().st_size)
+  data.write_bytes(data.read_bytes()[:-1] + b"?")
+  for a, b in ((tmp_path / "w", pair / "f32"), (pair / "w", tmp_path / "w")):
+    assert verify(a, b, num_tokens=0).is_equal
+  with pytest.raises(ValueError, match="step 2 .* is corrupt: params/.* differs from its digest"):
+    verify(tmp_path / "w", pair / "f32", step_a=2, num_tokens=0)
 
 
 def test_logits_of_two_checkpoints(pair, tmp_path):
   params = models.draw_params(models.HEADS)
   models.make_workdir(tmp_path / "same", models.HEADS, params=params)
-  verdict = compare(pair / "w", tmp_path / "same", num_tokens=64)
+  verdict = verify(pair / "w", tmp_path / "same", num_tokens=64)
   assert (verdict.logits.max_difference, verdict.logits.positions) == (0, 64)
   rounded = jax.tree.map(lambda x: x.astype(models.BFLOAT16), params)
   models.make_workdir(tmp_path / "bf16", models.HEADS, params=rounded)
-  verdict = compare(pair / "w", tmp_path / "bf16", num_tokens=64)
+  verdict = verify(pair / "w", tmp_path / "bf16", num_tokens=64)
   assert verdict.is_equal
   assert verdict.logits.max_difference == 0
   assert verdict.rounding.max_difference > 0
@@ -107,7 +115,7 @@ def test_logits_of_two_checkpoints(pair, tmp_path):
 
 def test_logits_without_torch_are_skipped_and_said_to_be(pair, monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  verdict = compare(pair / "w", pair / "f32", num_tokens=64)
+  verdict = verify(pair / "w", pair / "f32", num_tokens=64)
   assert verdict.is_equal
   assert verdict.logits is None
   assert "torch and transformers are not installed" in verdict.logits_skipped
@@ -169,7 +177,7 @@ def test_command(mfjax, pair, tmp_path):
 @pytest.mark.skipif(not has_torch, reason="needs torch and transformers")
 @pytest.mark.parametrize(("a", "b"), [("w", "f32"), ("bf16", "w"), ("f32", "f32"), ("f32", "bf16")])
 def test_logits_of_either_kind(pair, a, b):
-  verdict = compare(pair / a, pair / b, num_tokens=64)
+  verdict = verify(pair / a, pair / b, num_tokens=64)
   assert verdict.is_equal
   assert verdict.logits.max_difference < 1e-4 * verdict.logits.logit_range
   assert (verdict.rounding is None) == ("bf16" not in (a, b))

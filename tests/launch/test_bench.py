@@ -3,7 +3,10 @@
 import functools
 import importlib.util
 import json
+import pathlib
 import re
+import shutil
+import sys
 
 import grain  # noqa: F401 - registers flags, which must outlive one command
 import jax
@@ -11,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfjax.bench import breakdown, grouped_matmul, kernels, static_cycles, stick_breaking, timing
+import configs.quickstart
+from mfjax.bench import (
+  breakdown,
+  conversion,
+  grouped_matmul,
+  kernels,
+  static_cycles,
+  stick_breaking,
+  timing,
+)
 from mfjax.bench.grouped_matmul import GroupedShape
 from mfjax.data.prepare import PrepareOptions, prepare
 from pallas_kernels.implementation import Implementation
@@ -317,3 +329,71 @@ def test_defaults_read_as_their_sections_say():
       for sizes in kernels.shapes_of(section, [], platform):
         assert len(sizes) == kernels.SHAPES[section].count("x") + 1
         assert np.prod(sizes) > 0
+
+
+# Conversion ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_conversion_is_measured_beside_a_copy(mfjax, tmp_path):
+  sizes = ("num_layers=2", "d_model=256", "d_attention=256", "d_ff=512", "vocab_size=256")
+  args = [f"--config.model.{size}" for size in sizes]
+  (tmp_path / "disk").mkdir()
+  args += ["--only=float32", "--scratch=disk", "--json=c.json"]
+  done = mfjax("bench", "conversion", "--config=quickstart", *args)
+  assert done.code == 0, done.err
+  exported, imported = json.loads((tmp_path / "c.json").read_text())["rows"]
+  assert (exported["job"], imported["job"]) == (
+    "export float32 to bfloat16",
+    "import bfloat16 to float32",
+  )
+  assert exported["bytes_written"] == imported["bytes_read"]
+  assert exported["bytes_read"] > exported["bytes_written"]
+  assert imported["bytes_written"] == pytest.approx(exported["bytes_read"], rel=0.01)
+  for row in (exported, imported):
+    assert 0 < row["copy_seconds"] < row["seconds"]
+    assert row["share_of_copy"] == pytest.approx(row["copy_seconds"] / row["seconds"])
+    assert 50e6 < row["peak_bytes"] < 8e9
+    assert f"{row['job']:28} " in done.out
+  assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_conversion_that_fails_ends_the_benchmark(tmp_path):
+  config = configs.quickstart.get_config()
+  command = (sys.executable, "-c", "import sys; sys.exit('no such ' + sys.argv[1])")
+  with pytest.raises(ValueError, match=r"failed: no such export"):
+    next(conversion.measure(config, "bfloat16", tmp_path, command, lambda _: None))
+
+
+def test_a_copy_reads_and_writes_what_it_should(tmp_path):
+  for number, size in enumerate((50_000_000, 7)):
+    (tmp_path / str(number)).write_bytes(bytes(size))
+  files = [tmp_path / "0", tmp_path / "1"]
+  written = []
+  unlink = pathlib.Path.unlink
+
+  def record(path):
+    written.append(path.stat().st_size)
+    unlink(path)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(pathlib.Path, "unlink", record)
+    for size in (25_000_000, 50_000_007, 120_000_000):
+      assert conversion._copy(files, size, tmp_path / "copy") > 0
+  assert written == [25_000_000, 50_000_007, 120_000_000]
+
+
+def test_too_small_a_disk_is_noticed_first(tmp_path, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+  config = configs.quickstart.get_config()
+  with pytest.raises(ValueError, match=r"has 0.0 GB free and this takes 0.0: choose another"):
+    next(conversion.measure(config, "float32", tmp_path, ("false",), lambda _: None))
+
+
+def test_the_peak_is_the_commands_own():
+  ballast = np.ones(300_000_000, np.uint8)
+  hold = "import time; x = b'1' * {}; time.sleep(0.5)"
+  peaks = [conversion._run([sys.executable, "-c", hold.format(n)])[1] for n in (1, 200_000_000)]
+  assert peaks[0] < 100_000_000 < ballast.nbytes
+  assert 200_000_000 <= peaks[1] < 300_000_000
