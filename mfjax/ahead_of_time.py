@@ -30,7 +30,8 @@ _EXCEEDED = re.compile(
   r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
   r"|Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"
 )
-_VMEM = re.compile(r"Ran out of memory in memory space vmem|Scoped allocation with size")
+_VMEM = re.compile(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG]) vmem")
+_KERNEL = re.compile(r"/(\w+)/pallas_call")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -189,9 +190,11 @@ def _exceeded(error: Exception, name: str) -> tuple[int, int]:
     used, used_unit, limit, limit_unit = (group for group in found.groups() if group)
     return int(float(used) * _UNITS[used_unit]), int(float(limit) * _UNITS[limit_unit])
   first = " ".join(message.split())
-  if _VMEM.search(message):
+  if vmem := _VMEM.search(message):
+    kernel = _KERNEL.search(message)
+    which = f"kernel {kernel[1]}" if kernel else "largest kernel"
     raise ValueError(
-      f"the {name}'s kernels need more vector memory (VMEM) than this TPU has; "
-      f"choose another target, or kernels that fit: {first[:300]}"
+      f"the {which} of the {name} needs {vmem[1]} of vector memory (VMEM), and this TPU gives it "
+      f"{vmem[2]}: choose another target, or another kernels.stick_breaking or grouped_matmul"
     ) from error
   raise ValueError(f"the compiler refuses the {name}: {first[:500]}") from error

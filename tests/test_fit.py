@@ -150,7 +150,11 @@ def test_a_refusal_for_lack_of_memory_says_how_much(monkeypatch, message, used, 
 @pytest.mark.parametrize(
   ("message", "what"),
   [
-    ("Ran out of memory in memory space vmem: 18.25M of 16.00M", "vector memory .VMEM."),
+    (
+      "XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 22.25M of "
+      '16.00M vmem. Operator: op_name="jit(step)/shard_map/stick_breaking_backward/pallas_call"',
+      "kernel stick_breaking_backward of the train step needs 22.25M of vector memory .* 16.00M",
+    ),
     ("INTERNAL: no idea", "the compiler refuses the train step: INTERNAL: no idea"),
   ],
 )
