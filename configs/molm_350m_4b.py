@@ -3,8 +3,7 @@
   mfjax train --config=molm_350m_4b --workdir=runs/molm_350m_4b --config.data.path=DIR
 
 DIR is what `mfjax prepare` wrote with the CodeGen tokenizer. 16 devices hold the run; more devices
-join the data axis. At the released sizes a device has enough tokens a step that gathering expert
-weights costs less than exchanging tokens.
+join the data axis.
 """
 
 from mfjax.config import (
@@ -13,7 +12,6 @@ from mfjax.config import (
   MeshConfig,
   ModelConfig,
   OptimizerConfig,
-  Placement,
   RunConfig,
   TrainConfig,
 )
@@ -36,12 +34,7 @@ def get_config() -> RunConfig:
       ff_top_k=2,
       d_gate=256,
     ),
-    mesh=MeshConfig(
-      data=-1,
-      fsdp=16,
-      attention_placement=Placement.FSDP,
-      ff_placement=Placement.FSDP,
-    ),
+    mesh=MeshConfig(data=-1, fsdp=16),
     data=DataConfig(path="data/pile", sequence_length=sequence_length, batch_rows=batch_rows),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
     train=TrainConfig(steps=300_000_000_000 // (sequence_length * batch_rows), microbatches=4),

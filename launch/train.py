@@ -19,7 +19,7 @@ from collections.abc import MutableMapping, Sequence
 from absl import flags
 
 from launch import flags as shared
-from mfjax import describe
+from mfjax import describe, devices
 from mfjax.train import Exit, StopSignal, TrainingFailedError, train
 
 _DRY_RUN = flags.DEFINE_bool(
@@ -30,6 +30,12 @@ _NUM_DEVICES = flags.DEFINE_integer(
   None,
   "Devices of --dry_run's mesh. Default: the product of the mesh's fixed axes.",
   lower_bound=1,
+)
+_DEVICE = flags.DEFINE_enum(
+  "device",
+  "v5p",
+  sorted(facts.name for facts in devices.DEVICES),
+  "Device whose links decide, in --dry_run, how experts are placed.",
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Go on in a workdir whose saved config differs in what it computes."
@@ -48,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError(f"unexpected argument {argv[1]!r}: all of train's settings are flags")
   config = shared.run_config()
   if _DRY_RUN.value:
-    print(describe.describe(config, _NUM_DEVICES.value))
+    print(describe.describe(config, _NUM_DEVICES.value, _DEVICE.value))
     return 0
   if _NUM_DEVICES.value is not None:
     raise ValueError("--num_devices is for --dry_run: a run takes all the devices there are")

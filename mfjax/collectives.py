@@ -118,7 +118,8 @@ def collectives(text: str, places: Sequence[Place]) -> list[Collective]:
         kind = between_slices[1].lower().replace("_", "-")
       if kind not in KINDS or (_CHAIN in line.attributes and not starts):
         continue
-      is_single = between_slices or kind == "collective-permute"
+      # What else these take are buffers to write to, offsets and sizes.
+      is_single = between_slices or kind in ("collective-permute", "ragged-all-to-all")
       operands = line.operands[:1] if is_single else line.operands
       size = sum(num_bytes(shapes[operand]) for operand in operands)
       if between_slices:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mfjax import model, sharding
+from mfjax import devices, model, placement, sharding
 from mfjax.config import DType, ModelConfig, Placement, Remat, RunConfig
 from mfjax.schema import flatten
 
@@ -199,11 +199,11 @@ def _gathered_weights(config: RunConfig, axis_sizes: Mapping[str, int]) -> Memor
   """Return the larger kind of expert of one layer and lm_head as a device sees them at work."""
   shape, mesh = config.model, config.mesh
   kinds = []
-  for count, inner, placement in (
+  for count, inner, placed in (
     (shape.num_attention_experts, shape.d_attention, mesh.attention_placement),
     (shape.num_ff_experts, shape.d_ff, mesh.ff_placement),
   ):
-    local = count // axis_sizes["expert"] if placement is Placement.EXPERT else count
+    local = count // axis_sizes["expert"] if placed is Placement.EXPERT else count
     kinds.append((2 * local * shape.d_model * inner, local))
   elements, experts = max(kinds)
   elements += shape.padded_vocab_size * shape.d_model
@@ -219,18 +219,22 @@ def _num_bytes(dtype: DType) -> int:
   return int(np.dtype(jax.numpy.dtype(dtype.value)).itemsize)
 
 
-def describe(config: RunConfig, num_devices: int | None = None) -> str:
+def describe(config: RunConfig, num_devices: int | None = None, device: str = "v5p") -> str:
   """Return the report that `mfjax train --dry_run` prints.
 
   Args:
     config: the run.
     num_devices: devices of the mesh; by default what the mesh's fixed axes multiply to.
+    device: which device's links decide how experts are placed, by its name in `devices.py`.
 
   Raises:
     ValueError: the mesh or a sharded size does not fit the number of devices.
   """
   fixed = math.prod(size for size in config.mesh.axis_sizes.values() if size > 0)
   axis_sizes = sharding.resolve_axis_sizes(config.mesh, num_devices or fixed)
+  kind = devices.of_name(device).kinds[0]
+  platform = "gpu" if kind.startswith("NVIDIA") else "tpu"
+  config = dataclasses.replace(config, mesh=placement.resolve(config, axis_sizes, platform, kind))
   sharding.check_divisible(
     config.model, config.mesh, config.data, config.train.microbatches, axis_sizes
   )
@@ -242,6 +246,7 @@ def describe(config: RunConfig, num_devices: int | None = None) -> str:
     f"mesh of {math.prod(axis_sizes.values())} devices: {mesh}": _sharding_table(
       params, axis_sizes
     ),
+    f"experts on {device}": placement.report(config, axis_sizes, kind),
     "memory per device": _memory_table(memory(config, params, axis_sizes)),
   }
   return "\n\n".join(

@@ -16,7 +16,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from mfjax import checkpoint, evaluate, held_out, metrics, plot, sharding, train_step
+from mfjax import (
+  checkpoint,
+  compiler_options,
+  evaluate,
+  held_out,
+  metrics,
+  placement,
+  plot,
+  sharding,
+  train_step,
+)
 from mfjax.config import OnSaveError, RunConfig
 from mfjax.data.index import DataIndex, open_index
 from mfjax.data.pipeline import TrainStream
@@ -403,6 +413,11 @@ class _Run:
       f"kernels: grouped_matmul {kernels.grouped_matmul.value}, "
       f"stick_breaking {kernels.stick_breaking.value}"
     )
+    for line in placement.report(self.config, self.mesh.shape, devices[0].device_kind):
+      self.writer.say(line)
+    options = compiler_options.options(devices[0].platform, kernels.compiler_preset)
+    if options:
+      self.writer.say(f"compiler options: {compiler_options.as_text(options)}")
     self.writer.say(
       f"MFU is relative to {self.meter.peak.flops_per_second / 1e12:.4g} TFLOP/s per device "
       f"({self.meter.peak.source})"

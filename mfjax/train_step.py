@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels.grouped_matmul as grouped_matmul
 import pallas_kernels.stick_breaking as stick_breaking
-from mfjax import losses, model, sharding
+from mfjax import compiler_options, losses, model, placement, sharding
 from mfjax.config import AuxLoss, KernelConfig, ModelConfig, RunConfig, Statistics
 from mfjax.model import Execution
 from mfjax.optimizer import learning_rate, make_optimizer
@@ -26,12 +26,6 @@ from mfjax.router import RouterStatistics
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
-
-# By platform. A GPU's compiler would first fill with zeros the stacks that the scans over layers
-# write whole (what the backward pass needs, the experts' gradients): 16 GB a step of MoLM-350M-4B.
-_COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
-  "gpu": {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True},
-}
 
 
 def resolve_kernels(config: KernelConfig, platform: str, model: ModelConfig) -> KernelConfig:
@@ -61,15 +55,17 @@ def resolve_kernels(config: KernelConfig, platform: str, model: ModelConfig) -> 
 
 
 def resolve(config: RunConfig, mesh: Mesh) -> RunConfig:
-  """Return the config with kernels chosen for the mesh's platform, after checking all sizes.
+  """Return the config with kernels, transport and placements decided, after checking all sizes.
 
   Raises:
     ValueError: a size does not divide, or a kernel does not exist; names what would work.
   """
-  sizes = dict(mesh.shape)
+  sizes, device = dict(mesh.shape), mesh.devices.flat[0]
+  placed = placement.resolve(config, sizes, device.platform, device.device_kind)
+  config = dataclasses.replace(config, mesh=placed)
   sharding.check_divisible(config.model, config.mesh, config.data, config.train.microbatches, sizes)
   try:
-    kernels = resolve_kernels(config.kernels, mesh.devices.flat[0].platform, config.model)
+    kernels = resolve_kernels(config.kernels, device.platform, config.model)
   except NotImplementedError as error:
     raise ValueError(f"config.kernels: {error}") from error
   return dataclasses.replace(config, kernels=kernels)
@@ -165,7 +161,8 @@ def make_train_step(
     }
     return state, metrics
 
-  options = _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+  platform = mesh.devices.flat[0].platform
+  options = compiler_options.options(platform, config.kernels.compiler_preset)
   return in_mesh(jax.jit(step, donate_argnums=0, compiler_options=options), mesh)
 
 

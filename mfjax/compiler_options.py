@@ -1,0 +1,35 @@
+"""Options of XLA that a train step is compiled with, by platform: the only such table.
+
+They go to `jax.jit`, so that no environment variable is needed. Every one is accepted by the
+compilers of the versions that tests run on, and those of a TPU do what their comments say in the
+scheduled program (`tests/test_compiler_options.py`). None was timed on a TPU.
+"""
+
+Options = dict[str, bool | int | str]
+
+PRESETS: dict[str, Options] = {
+  "cpu": {},
+  "gpu": {
+    # The compiler would first fill with zeros the stacks that the scans over layers write whole
+    # (what the backward pass needs, the experts' gradients): 16 GB a step of MoLM-350M-4B.
+    "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+    # Start collectives early and wait for them late.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+  },
+  "tpu": {
+    "xla_tpu_enable_latency_hiding_scheduler": True,
+    # Exchanges run beside the experts of another chunk.
+    "xla_tpu_enable_async_all_to_all": True,
+    "xla_tpu_enable_async_ragged_all_to_all": True,
+  },
+}
+
+
+def options(platform: str, enabled: bool) -> Options:
+  """Return the options of a platform; none if not `enabled`."""
+  return PRESETS[platform] if enabled else {}
+
+
+def as_text(options: Options) -> str:
+  """Return options as a command line would have them."""
+  return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
