@@ -101,7 +101,7 @@ def layer_transfers(
   exchanged = kind.placement is Placement.EXPERT and axis_sizes["expert"] > 1
   axes = ("fsdp",) if kind.placement is Placement.EXPERT else WEIGHT_AXES
   local = kind.num_experts // axis_sizes["expert"] if exchanged else kind.num_experts
-  transfers = _weights(kind, local, axes, axis_sizes, width, remat)
+  transfers = _weights(kind, local, axes, axis_sizes, width)
   if exchanged:
     transfers += _rows(kind, tokens, axis_sizes["expert"], mesh, width, remat)
   return transfers
@@ -118,7 +118,7 @@ def total(
 def _rows(
   kind: ExpertKind, tokens: int, peers: int, mesh: MeshConfig, width: int, remat: Remat
 ) -> list[Transfer]:
-  """Return the exchanges of rows; `D` and `F` below are a row of d_model and of the inner width."""
+  """Return the exchanges of rows."""
   slots = tokens * kind.top_k
   exchange = Exchange(
     num_experts=kind.num_experts,
@@ -129,48 +129,56 @@ def _rows(
     transport=mesh.transport,
     chunks=mesh.exchange_chunks,
   )
-  buffer = buffer_rows(slots, exchange) * mesh.exchange_chunks
-  d_row, f_row = kind.d_model * width, kind.inner * width
+  buffer, chunks = buffer_rows(slots, exchange), exchange.chunks
 
   def transfer(what: str, row: int, phase: Phase, home: bool = False) -> Transfer:
-    # The ragged operand on the way there is every slot once, for each chunk.
-    rows, collective = buffer, Collective.ALL_TO_ALL
-    sent = buffer * (peers - 1) // peers
-    if mesh.transport is not Transport.PADDED:
-      rows = buffer if home else slots * mesh.exchange_chunks
-      collective, sent = Collective.RAGGED_ALL_TO_ALL, slots * (peers - 1) // peers
-    if mesh.transport is Transport.RAGGED_STAND_IN:
-      collective, sent = Collective.ALL_GATHER, rows * (peers - 1)
+    rows, collective = chunks * buffer, Collective.ALL_TO_ALL
+    if mesh.transport is Transport.RAGGED and row > _FLOAT32_BYTES:
+      # The operand on the way there is every slot, for each chunk.
+      rows, collective = chunks * (buffer if home else slots), Collective.RAGGED_ALL_TO_ALL
+    elif mesh.transport is not Transport.PADDED:  # The stand-in: a whole operand to each peer.
+      rows = chunks * peers * min(slots, buffer)
+    sent = slots if collective is Collective.RAGGED_ALL_TO_ALL else rows
+    sent = sent * (peers - 1) // peers
     return Transfer(what, collective, ("expert",), peers, phase, rows * row, sent * row)
 
-  if kind.name == "ff":
-    forward = [("x", d_row, False), ("y", d_row, True)]
-    again = forward[:1]
-    backward = [("x", d_row, False), ("dy", d_row, False), ("p", _FLOAT32_BYTES, False)]
-    backward += [("dp", _FLOAT32_BYTES, True), ("dx", d_row, True)]
-  else:
-    forward = [("x", d_row, False), ("q", f_row, True), ("o", f_row, False), ("y", d_row, True)]
-    again = forward
-    backward = [("x", d_row, False), ("dq", f_row, False), ("dx", d_row, True)]
-    backward += [("dy", d_row, False), ("po", f_row, False), ("do", f_row, True)]
-  if remat is not Remat.FULL:
-    again = []
-  counts = kind.num_experts * 4
-  made = [
-    Transfer(
-      "counts",
-      Collective.ALL_GATHER,
-      ("expert",),
-      peers,
-      Phase.FORWARD,
-      counts,
-      counts * (peers - 1),
-    )
+  return [
+    _counts(kind, peers),
+    *(transfer(what, row, Phase.FORWARD, home) for what, row, home in _forward(kind, width)),
+    *(
+      transfer(what, row, Phase.BACKWARD, home) for what, row, home in _backward(kind, width, remat)
+    ),
   ]
-  made += [transfer(what, row, Phase.FORWARD, home) for what, row, home in forward]
-  made += [transfer(f"{what} again", row, Phase.BACKWARD, home) for what, row, home in again]
-  made += [transfer(what, row, Phase.BACKWARD, home) for what, row, home in backward]
-  return made
+
+
+def _counts(kind: ExpertKind, peers: int) -> Transfer:
+  size, axes = kind.num_experts * 4, ("expert",)
+  sent = size * (peers - 1)
+  return Transfer("counts", Collective.ALL_GATHER, axes, peers, Phase.FORWARD, size, sent)
+
+
+def _forward(kind: ExpertKind, width: int) -> list[tuple[str, int, bool]]:
+  """Return (what, bytes of a row, whether it comes home) of a forward pass."""
+  d_row, f_row = kind.d_model * width, kind.inner * width
+  if kind.name == "ff":
+    return [("x", d_row, False), ("y", d_row, True)]
+  return [("x", d_row, False), ("q", f_row, True), ("o", f_row, False), ("y", d_row, True)]
+
+
+def _backward(kind: ExpertKind, width: int, remat: Remat) -> list[tuple[str, int, bool]]:
+  """Return those of a backward pass: what is not kept of the forward pass, and gradients."""
+  d_row, f_row = kind.d_model * width, kind.inner * width
+  if kind.name == "ff":
+    again = [("x", d_row, False)]
+    gradients = [("dy", d_row, False), ("p", _FLOAT32_BYTES, False)]
+    gradients += [("dp", _FLOAT32_BYTES, True), ("dx", d_row, True)]
+  else:
+    again = [("x", d_row, False), ("o", f_row, False)]
+    if remat is Remat.FULL:
+      again = _forward(kind, width)
+    gradients = [("dy", d_row, False), ("p", _FLOAT32_BYTES, False), ("do", f_row, True)]
+    gradients += [("dq", f_row, False), ("dx", d_row, True)]
+  return gradients if remat is Remat.NONE else again + gradients
 
 
 def _weights(
@@ -179,7 +187,6 @@ def _weights(
   axes: tuple[str, ...],
   axis_sizes: Mapping[str, int],
   width: int,
-  remat: Remat,
 ) -> list[Transfer]:
   """Return the gathers of both matrices and the scatters of their float32 gradients."""
   peers = math.prod(axis_sizes[axis] for axis in axes)
@@ -196,10 +203,9 @@ def _weights(
     sent = whole * (peers - 1) // peers
     return Transfer(what, Collective.REDUCE_SCATTER, axes, peers, Phase.BACKWARD, whole, sent)
 
-  again = {"ff": ["w_in"], "attention": ["w_in", "w_out"]}[kind.name]
+  # What full rematerialisation gathers again, the backward pass gathers anyway: one operation.
   return [
     *(gather(name, Phase.FORWARD) for name in ("w_in", "w_out")),
-    *(gather(f"{name} again", Phase.BACKWARD) for name in again if remat is Remat.FULL),
     *(gather(name, Phase.BACKWARD) for name in ("w_in", "w_out")),
     *(scatter(f"gradient of {name}") for name in ("w_in", "w_out")),
   ]

@@ -89,7 +89,7 @@ class Transport(enum.Enum):
   """How rows cross the `expert` axis; `auto` is the platform's, see `dispatch.resolve`.
 
   `padded`: all-to-all of equal parts. `ragged`: only the rows there are. `ragged_stand_in`: the
-  same program for where ragged does not exist (CPU), with an all-gather in its place.
+  same program for where ragged does not exist (CPU), with a wide padded one in its place.
   """
 
   AUTO = "auto"

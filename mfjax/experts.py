@@ -90,6 +90,10 @@ class _Products:
       "implementation": layout.exchange.implementation,
     }
 
+  def kept(self, rows: jax.Array) -> jax.Array | None:
+    """Return rows that the backward pass should not exchange again; gathering them is cheap."""
+    return None if self.exchange.axis is None else rows
+
   def token_rows(self, x_TD: jax.Array) -> jax.Array:
     return dispatch.to_experts(x_TD, self.plan, self.this, self.exchange, self.top_k)
 
@@ -214,28 +218,30 @@ def _feed_forward(
   w_in_full = _gather(w_in, 1, layout, dtype)
   w_out_full = _gather(w_out, 2, layout, dtype)
 
-  def run(index: jax.Array, y_SD: jax.Array | None, _: None) -> tuple[jax.Array, jax.Array]:
+  def run(index: jax.Array, y_SD: jax.Array | None, _: None) -> tuple[jax.Array, Any]:
     products = _Products(plan, index, layout)
-    hidden, activation = products.matmul_gelu(products.token_rows(x_TD), w_in_full)
+    x_rows = products.token_rows(x_TD)
+    hidden, activation = products.matmul_gelu(x_rows, w_in_full)
     hidden = checkpoint_name(hidden, SAVED_HIDDEN)
     y_rows = products.matmul(activation, w_out_full)
-    return products.slots(y_rows, y_SD), hidden
+    return products.slots(y_rows, y_SD), (hidden, products.kept(x_rows))
 
-  y_SD, hidden = _rounds(plan, layout, run)
+  y_SD, kept = _rounds(plan, layout, run)
   y_SD = _home(y_SD, plan, layout)
-  return _weighted_sum(y_SD, p_TK, dtype), (x_TD, p_TK, w_in, w_out, plan, hidden)
+  return _weighted_sum(y_SD, p_TK, dtype), (x_TD, p_TK, w_in, w_out, plan, kept)
 
 
 def _feed_forward_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -> Any:
-  x_TD, p_TK, w_in, w_out, plan, hidden = saved
+  x_TD, p_TK, w_in, w_out, plan, kept = saved
   dtype = x_TD.dtype
   w_in_full = _gather(w_in, 1, layout, dtype)
   w_out_full = _gather(w_out, 2, layout, dtype)
 
-  def run(index: jax.Array, sums: Any, hidden: jax.Array | None) -> tuple[Any, None]:
+  def run(index: jax.Array, sums: Any, kept: Any) -> tuple[Any, None]:
     dx_SD, dp_S, dw_in, dw_out = sums or (None, None, None, None)
     products = _Products(plan, index, layout)
-    x_rows = products.token_rows(x_TD)
+    hidden, x_rows = kept or (None, None)
+    x_rows = products.token_rows(x_TD) if x_rows is None else x_rows
     if hidden is None:
       hidden = products.matmul(x_rows, w_in_full)
     dy_rows = products.token_rows(dy_TD)
@@ -247,7 +253,7 @@ def _feed_forward_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -
     dx_SD = products.slots(products.matmul(d_hidden, w_in_full, transpose=True), dx_SD)
     return (dx_SD, dp_S, dw_in, dw_out), None
 
-  (dx_SD, dp_S, dw_in, dw_out), _ = _rounds(plan, layout, run, hidden)
+  (dx_SD, dp_S, dw_in, dw_out), _ = _rounds(plan, layout, run, kept)
   dx_TD = _sum_choices(_home(dx_SD, plan, layout), layout.top_k, dtype)
   dp_S = _home(dp_S, plan, layout)
   dw_in = _scatter(dw_in, 1, layout, w_in.dtype)
@@ -272,30 +278,33 @@ def _project_in(
 ) -> tuple[jax.Array, Any]:
   w_full = _gather(w, 1, layout, x_TD.dtype)
 
-  def run(index: jax.Array, q_SF: jax.Array | None, _: None) -> tuple[jax.Array, None]:
+  def run(index: jax.Array, q_SF: jax.Array | None, _: None) -> tuple[jax.Array, Any]:
     products = _Products(plan, index, layout)
-    return products.slots(products.matmul(products.token_rows(x_TD), w_full), q_SF), None
+    x_rows = products.token_rows(x_TD)
+    return products.slots(products.matmul(x_rows, w_full), q_SF), products.kept(x_rows)
 
-  q_SF = _home(_rounds(plan, layout, run)[0], plan, layout)
+  q_SF, kept = _rounds(plan, layout, run)
+  q_SF = _home(q_SF, plan, layout)
   # The barrier: what is saved is a copy, or XLA would gather the rows once more to save them.
   q_SF = jax.lax.optimization_barrier(q_SF)
   q_SF = checkpoint_name(q_SF, SAVED_QUERY)
-  return q_SF, (x_TD, w, plan)
+  return q_SF, (x_TD, w, plan, kept)
 
 
 def _project_in_backward(layout: ExpertLayout, saved: Any, dq_SF: jax.Array) -> Any:
-  x_TD, w, plan = saved
+  x_TD, w, plan, kept = saved
   w_full = _gather(w, 1, layout, x_TD.dtype)
 
-  def run(index: jax.Array, sums: Any, _: None) -> tuple[Any, None]:
+  def run(index: jax.Array, sums: Any, x_rows: jax.Array | None) -> tuple[Any, None]:
     dx_SD, dw = sums or (None, None)
     products = _Products(plan, index, layout)
     dq_rows = products.slot_rows(dq_SF)
-    dw = products.outer(products.token_rows(x_TD), dq_rows, dw, w.dtype)
+    x_rows = products.token_rows(x_TD) if x_rows is None else x_rows
+    dw = products.outer(x_rows, dq_rows, dw, w.dtype)
     dx_SD = products.slots(products.matmul(dq_rows, w_full, transpose=True), dx_SD)
     return (dx_SD, dw), None
 
-  (dx_SD, dw), _ = _rounds(plan, layout, run)
+  (dx_SD, dw), _ = _rounds(plan, layout, run, kept)
   dx_TD = _sum_choices(_home(dx_SD, plan, layout), layout.top_k, x_TD.dtype)
   return dx_TD, _scatter(dw, 1, layout, w.dtype), None
 
@@ -316,29 +325,32 @@ def _project_out(
 ) -> tuple[jax.Array, Any]:
   w_full = _gather(w, 2, layout, o_SF.dtype)
 
-  def run(index: jax.Array, y_SD: jax.Array | None, _: None) -> tuple[jax.Array, None]:
+  def run(index: jax.Array, y_SD: jax.Array | None, _: None) -> tuple[jax.Array, Any]:
     products = _Products(plan, index, layout)
-    return products.slots(products.matmul(products.slot_rows(o_SF), w_full), y_SD), None
+    o_rows = products.slot_rows(o_SF)
+    return products.slots(products.matmul(o_rows, w_full), y_SD), products.kept(o_rows)
 
-  y_SD = _home(_rounds(plan, layout, run)[0], plan, layout)
-  return _weighted_sum(y_SD, p_TK, o_SF.dtype), (o_SF, p_TK, w, plan)
+  y_SD, kept = _rounds(plan, layout, run)
+  y_SD = _home(y_SD, plan, layout)
+  return _weighted_sum(y_SD, p_TK, o_SF.dtype), (o_SF, p_TK, w, plan, kept)
 
 
 def _project_out_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) -> Any:
-  o_SF, p_TK, w, plan = saved
+  o_SF, p_TK, w, plan, kept = saved
   dtype = o_SF.dtype
   w_full = _gather(w, 2, layout, dtype)
-  weighted_SF = (o_SF * p_TK.reshape(-1, 1)).astype(dtype)
 
-  def run(index: jax.Array, sums: Any, _: None) -> tuple[Any, None]:
+  def run(index: jax.Array, sums: Any, o_rows: jax.Array | None) -> tuple[Any, None]:
     u_SF, dw = sums or (None, None)
     products = _Products(plan, index, layout)
     dy_rows = products.token_rows(dy_TD)
-    dw = products.outer(products.slot_rows(weighted_SF), dy_rows, dw, w.dtype)
+    o_rows = products.slot_rows(o_SF) if o_rows is None else o_rows
+    weighted = (o_rows * products.slot_rows(p_TK.reshape(-1))[:, None]).astype(dtype)
+    dw = products.outer(weighted, dy_rows, dw, w.dtype)
     u_SF = products.slots(products.matmul(dy_rows, w_full, transpose=True), u_SF)
     return (u_SF, dw), None
 
-  (u_SF, dw), _ = _rounds(plan, layout, run)
+  (u_SF, dw), _ = _rounds(plan, layout, run, kept)
   u_SF = _home(u_SF, plan, layout)
   dp_TK = _dot(o_SF, u_SF).reshape(p_TK.shape)
   do_SF = (u_SF * p_TK.reshape(-1, 1)).astype(dtype)

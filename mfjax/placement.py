@@ -128,8 +128,8 @@ def seconds(transfer: Transfer, axis_sizes: Mapping[str, int], facts: DeviceFact
     # `expert` is the innermost axis of the mesh: its devices are neighbours.
     inner = ("fsdp", "expert") if "fsdp" in transfer.axes else ("expert",)
     span = math.prod(axis_sizes[axis] for axis in inner)
-    leaves = span > _GPUS_PER_HOST and facts.dcn_bandwidth
-    return transfer.sent_bytes / (facts.dcn_bandwidth if leaves else facts.ici_bandwidth)
+    network = facts.dcn_bandwidth if span > _GPUS_PER_HOST else None
+    return transfer.sent_bytes / (network or facts.ici_bandwidth)
   num_axes = sum(axis_sizes[axis] > 1 for axis in transfer.axes)
   share = min(1.0, num_axes * _PORTS_PER_AXIS / facts.ici_ports)
   bandwidth = facts.ici_bandwidth * share

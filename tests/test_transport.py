@@ -1,4 +1,4 @@
-"""The stand-in computes what ragged all-to-all is specified to; a plan's slices are valid for it."""
+"""The stand-in computes what ragged is specified to; a plan's slices are valid for it."""
 
 import jax
 import jax.numpy as jnp
