@@ -232,9 +232,9 @@ def describe(config: RunConfig, num_devices: int | None = None, device: str = "v
   """
   fixed = math.prod(size for size in config.mesh.axis_sizes.values() if size > 0)
   axis_sizes = sharding.resolve_axis_sizes(config.mesh, num_devices or fixed)
-  kind = devices.of_name(device).kinds[0]
-  platform = "gpu" if kind.startswith("NVIDIA") else "tpu"
-  config = dataclasses.replace(config, mesh=placement.resolve(config, axis_sizes, platform, kind))
+  facts = devices.of_name(device)
+  placed = placement.resolve(config, axis_sizes, facts.platform, facts.kinds[0])
+  config = dataclasses.replace(config, mesh=placed)
   sharding.check_divisible(
     config.model, config.mesh, config.data, config.train.microbatches, axis_sizes
   )
@@ -246,7 +246,7 @@ def describe(config: RunConfig, num_devices: int | None = None, device: str = "v
     f"mesh of {math.prod(axis_sizes.values())} devices: {mesh}": _sharding_table(
       params, axis_sizes
     ),
-    f"experts on {device}": placement.report(config, axis_sizes, kind),
+    f"experts on {device}": placement.report(config, axis_sizes, facts.kinds[0]),
     "memory per device": _memory_table(memory(config, params, axis_sizes)),
   }
   return "\n\n".join(

@@ -33,6 +33,11 @@ class DeviceFacts:
   ici_ports: int = 1
   dcn_bandwidth: float | None = None
 
+  @property
+  def platform(self) -> str:
+    """Return 'gpu' or 'tpu'."""
+    return "gpu" if self.kinds[0].startswith("NVIDIA") else "tpu"
+
 
 DEVICES = (
   DeviceFacts(

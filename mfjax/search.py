@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mfjax import describe, roofline, sharding
+from mfjax import communication, describe, placement, roofline, sharding
 from mfjax.collectives import Collective, bytes_sent
 from mfjax.config import DType, Placement, Remat, RunConfig
 from mfjax.devices import DeviceFacts
@@ -63,7 +63,8 @@ def _layouts(
 ) -> Iterator[tuple[RunConfig, dict[str, int]]]:
   per_slice = num_devices // num_slices
   divisors = [n for n in range(1, per_slice + 1) if per_slice % n == 0]
-  exchanges = Placement.EXPERT in (config.mesh.attention_placement, config.mesh.ff_placement)
+  placed = {config.mesh.attention_placement, config.mesh.ff_placement}
+  exchanges = placed != {Placement.FSDP}
   microbatches = [1 << power for power in range(config.data.batch_rows.bit_length())]
   for fsdp in divisors:
     for expert in divisors if exchanges else [1]:
@@ -90,6 +91,8 @@ def _changed(config: RunConfig, sizes: dict[str, int], count: int, remat: Remat)
 def _estimate(
   config: RunConfig, sizes: dict[str, int], facts: DeviceFacts, num_slices: int, longest: int
 ) -> Candidate | None:
+  placed = placement.resolve(config, sizes, facts.platform, facts.kinds[0])
+  config = dataclasses.replace(config, mesh=placed)
   try:
     sharding.check_divisible(
       config.model, config.mesh, config.data, config.train.microbatches, sizes
@@ -119,9 +122,6 @@ def reckoned_collectives(
   shape, train = config.model, config.train
   width = jnp.dtype(shape.compute_dtype.value).itemsize
   layers, micro = shape.num_layers, train.microbatches
-  tokens = (
-    config.data.batch_rows * config.data.sequence_length // math.prod(sizes.values()) // micro
-  )
   found = []
 
   def add(kind: str, times: int, operand: float, group: int, slices: int = 1) -> None:
@@ -144,25 +144,14 @@ def reckoned_collectives(
       )
 
   whole = sizes["fsdp"] * sizes["expert"]
-  passes = 2 + (train.remat is Remat.FULL)
   own = 0.0  # Elements of the parameters on a device.
-  for count, inner, top_k, placement in (
-    (
-      *(shape.num_attention_experts, shape.d_attention, shape.attention_top_k),
-      config.mesh.attention_placement,
-    ),
-    (shape.num_ff_experts, shape.d_ff, shape.ff_top_k, config.mesh.ff_placement),
-  ):
-    exchanged = placement is Placement.EXPERT
-    elements = 2 * count * shape.d_model * inner
-    group = sizes["fsdp"] if exchanged else whole
-    local = elements // (sizes["expert"] if exchanged else 1)
-    add("all-gather", passes * micro * layers, local / group * width, group)
-    add("reduce-scatter", micro * layers, local * 4, group)
-    own += layers * elements / whole
-    if exchanged:
-      row = tokens * top_k * shape.d_model * width * config.mesh.exchange_buffer
-      add("all-to-all", micro * layers * 2 * passes, row, sizes["expert"])
+  for kind in communication.expert_kinds(shape, config.mesh):
+    own += layers * 2 * kind.num_experts * shape.d_model * kind.inner / whole
+    for t in placement.transfers_of(config, kind, sizes):
+      operand: float = t.buffer_bytes
+      if t.collective is communication.Collective.RAGGED_ALL_TO_ALL:
+        operand = t.sent_bytes * t.peers / (t.peers - 1)  # Not all of the buffer travels.
+      add(t.collective.value, micro * layers, operand, t.peers)
   head = shape.padded_vocab_size * shape.d_model
   add("all-gather", 2 * micro, head / whole * width, whole)
   add("reduce-scatter", 2 * micro, head * 4, whole)

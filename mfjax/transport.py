@@ -1,9 +1,9 @@
 """How buffers of rows cross the mesh axis of the experts, inside a shard_map.
 
 `padded` sends every peer equally many rows. `ragged` sends slices of any sizes; on a TPU it is one
-operation of its own. The stand-in computes what ragged is specified to from a padded all-to-all, for
-platforms that lack it: every offset and size that ragged would use is used. Rows of one number go
-that way on a TPU, too, where ragged would make 512 bytes of each.
+operation of its own. The stand-in computes what ragged is specified to from a padded all-to-all,
+for platforms that lack it: every offset and size that ragged would use is used. Rows of one number
+go that way on a TPU, too, where ragged would make 512 bytes of each.
 """
 
 from typing import NamedTuple

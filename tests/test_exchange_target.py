@@ -1,11 +1,9 @@
 """The exchange compiled for a TPU that is not there: its volume, and what runs beside it."""
 
-import os
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental import topologies
 
