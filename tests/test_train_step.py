@@ -21,19 +21,22 @@ from mfjax.config import (
   Remat,
   Statistics,
   TrainConfig,
+  Transport,
 )
 from pallas_kernels.implementation import Implementation
 from tests import tiny
 
 GATHERED = {"attention_placement": Placement.FSDP, "ff_placement": Placement.FSDP}
+EXCHANGED = {"attention_placement": Placement.EXPERT, "ff_placement": Placement.EXPERT}
+PADDED = {**EXCHANGED, "transport": Transport.PADDED}
 MESHES = {
   "8x1x1": tiny.mesh(data=8),
   "1x8x1": tiny.mesh(fsdp=8),
-  "1x1x8": tiny.mesh(expert=8),
-  "2x2x2": tiny.mesh(data=2, fsdp=2, expert=2),
+  "1x1x8": tiny.mesh(expert=8, **PADDED),
+  "2x2x2": tiny.mesh(data=2, fsdp=2, expert=2, **EXCHANGED),
   "2x2x2, gathered": tiny.mesh(data=2, fsdp=2, expert=2, **GATHERED),
-  # A buffer of the balanced share alone: most layers take two rounds or more.
-  "1x1x8, rounds": tiny.mesh(expert=8, exchange_buffer=1.0),
+  # A buffer of the balanced share alone: most layers take more rounds than there are chunks.
+  "1x1x8, rounds": tiny.mesh(expert=8, exchange_buffer=1.0, exchange_chunks=1, **EXCHANGED),
 }
 
 
@@ -118,7 +121,7 @@ def test_pallas_kernels_train_as_the_portable_path_does(sizes, monkeypatch):
   def train(implementation):
     kernels = KernelConfig(grouped_matmul=implementation, stick_breaking=implementation)
     how = TrainConfig(steps=20, remat=Remat.SELECTIVE)
-    run = tiny.Run(tiny.run_config(mesh=tiny.mesh(*sizes), kernels=kernels, train=how))
+    run = tiny.Run(tiny.run_config(mesh=tiny.mesh(*sizes, **EXCHANGED), kernels=kernels, train=how))
     return tiny.losses(run.train(tiny.batches(2)))
 
   expected = train(Implementation.XLA)

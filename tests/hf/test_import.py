@@ -100,7 +100,9 @@ def test_training_goes_on_from_an_import(tmp_path):
 
 @pytest.mark.parametrize("num_devices", [None, 8])
 def test_chunks_fit_the_mesh(num_devices, tmp_path):
-  config = RunConfig(model=models.IDENTITY, mesh=MeshConfig(fsdp=2, expert=2))
+  config = RunConfig(
+    model=models.IDENTITY, mesh=MeshConfig(fsdp=2, expert=2, ff_placement="expert")
+  )
   models.make_workdir(tmp_path / "a", models.IDENTITY)
   export(tmp_path / "a", tmp_path / "out", num_tokens=0)
   import_checkpoint(tmp_path / "out", tmp_path / "b", run_config=config, num_devices=num_devices)
