@@ -36,7 +36,7 @@ class DeviceFacts:
   @property
   def platform(self) -> str:
     """Return 'gpu' or 'tpu'."""
-    return "gpu" if self.kinds[0].startswith("NVIDIA") else "tpu"
+    return "gpu" if any(kind.startswith("NVIDIA") for kind in self.kinds) else "tpu"
 
 
 DEVICES = (
