@@ -41,7 +41,8 @@ def _machine(memory_bytes=2**30):
 
 
 def _config(**train):
-  mesh = tiny.mesh(data=2, fsdp=2, expert=2, attention_placement=Placement.FSDP)
+  placed = {"attention_placement": Placement.FSDP, "ff_placement": Placement.EXPERT}
+  mesh = tiny.mesh(data=2, fsdp=2, expert=2, **placed)
   return tiny.run_config(mesh=mesh, train=TrainConfig(steps=20, **train))
 
 

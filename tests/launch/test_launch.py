@@ -45,7 +45,8 @@ def test_mistakes_are_one_sentence(mfjax, args, message):
 
 @pytest.mark.parametrize("args", [(), ("lokal", "--", "train")])
 def test_known_targets_are_listed(mfjax, args):
-  assert "local" in mfjax("launch", *args).err.partition("known: ")[2].split(", ")[0]
+  known = mfjax("launch", *args).err.partition("known: ")[2]
+  assert known.strip().split(", ") == ["gke", "local", "slurm", "tpu_vm"]
 
 
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(mfjax, monkeypatch, tmp_path):
