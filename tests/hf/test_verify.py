@@ -141,6 +141,69 @@ def test_logit_tolerance():
   assert (same.kl, same.top1_agreement, same.max_difference) == (0, 1, 0)
 
 
+class Jumping(parity._JaxStack):
+  """A program whose routers took other experts at some positions of the first layer."""
+
+  positions: tuple[int, ...] = ()
+  scale = 1.0
+
+  def layer(self, h_BTD, weights, layer):
+    h_BTD = super().layer(h_BTD, weights, layer).copy()
+    if layer == 0:
+      h_BTD[0, list(self.positions), :3] += 5.0
+    return h_BTD
+
+  def head(self, *args):
+    return super().head(*args) * self.scale
+
+
+@pytest.fixture
+def jumping(pair, monkeypatch):
+  """A function that compares logits of `w` and, by such a program, of its export."""
+  monkeypatch.setattr(parity, "reason_to_skip", lambda a, b: "")
+  monkeypatch.setattr(parity, "_WHOLE_MODEL_BYTES", 0)
+  monkeypatch.setattr(parity, "_TorchStack", lambda config, _: Jumping(config))
+
+  def compare(positions=(), scale=1.0):
+    monkeypatch.setattr(Jumping, "positions", positions)
+    monkeypatch.setattr(Jumping, "scale", scale)
+    verdict = verify(pair / "w", pair / "f32")
+    assert verdict.is_equal == verdict.logits.is_within_tolerance
+    return verdict.logits
+
+  return compare
+
+
+def test_a_tie_of_a_router_is_no_difference(jumping):
+  assert jumping().ties == 0
+  found = jumping(positions=(3,))
+  assert found.share_within < parity.SHARE_WITHIN  # What attends to it differs too.
+  assert (found.ties, found.decisions, found.share_without_ties) == (1, 512, 1.0)
+  assert found.is_within_tolerance
+  assert "; within tolerance: " in found.describe()
+  assert "without 1 ties in 512 layers' positions (0.1% may be) 100.00% are" in found.describe()
+  assert found.to_dict()["ties"] == 1
+
+
+def test_many_jumps_are_no_ties(jumping):
+  found = jumping(positions=(3, 50))  # Of 512: more than a thousandth.
+  assert (found.ties, found.share_without_ties) == (2, 1.0)
+  assert not found.is_within_tolerance
+  assert "BEYOND" in found.describe()
+
+
+@pytest.mark.parametrize("positions", [(), (3,)])
+def test_ties_excuse_nothing_else(jumping, positions):
+  found = jumping(positions, scale=1.01)
+  assert found.ties == len(positions)
+  assert found.share_without_ties < 0.9
+  assert not found.is_within_tolerance
+
+
+def test_nan_is_no_tie(jumping):
+  assert not jumping(scale=float("nan")).is_within_tolerance
+
+
 @pytest.mark.parametrize(
   ("a", "b", "narrow"),
   [
