@@ -3,6 +3,10 @@
 A `gs://` path is read and written by gcsfs, by TensorStore (arrays) and by ArrayRecord (documents).
 """
 
+import pathlib
+import shutil
+from collections.abc import Callable
+
 from etils import epath
 
 # For `FSSPEC_GCS`: a listing that is kept does not see what other processes write.
@@ -41,3 +45,15 @@ def check_access(path: epath.PathLike, name: str) -> None:
       f"{str(error).partition(chr(10))[0]}): create it, or give this account the role "
       "roles/storage.objectAdmin on it"
     ) from error
+
+
+def upload(
+  source: pathlib.Path,
+  target: epath.Path,
+  last: Callable[[pathlib.Path], bool] = lambda path: False,
+) -> None:
+  """Copy every file below `source` to its place below `target`; `last` says which come last."""
+  files = [path for path in source.rglob("*") if path.is_file()]
+  for path in sorted(files, key=lambda path: (last(path), path)):
+    with path.open("rb") as file, (target / path.relative_to(source).as_posix()).open("wb") as copy:
+      shutil.copyfileobj(file, copy, 16 << 20)

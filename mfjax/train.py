@@ -7,6 +7,9 @@ batch after it is on its way before the metrics of step n are read.
 import contextlib
 import dataclasses
 import logging
+import pathlib
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,6 +27,7 @@ from mfjax import (
   placement,
   plot,
   sharding,
+  storage,
   train_step,
 )
 from mfjax.cluster.session import Session
@@ -171,7 +175,7 @@ class _Run:
     self.eval_step = evaluate.make_eval_step(config, mesh)
     self.unread: tuple[int, Any] | None = None  # The newest step and its metrics, on the devices.
     self.read_step, self.skipped_in_a_row = start.step, 0
-    self.tracing = False
+    self.trace: str | None = None  # The directory of a trace that is being taken.
 
   def go(self, stream: Stream) -> Exit:
     """Train and finish, or stop on request."""
@@ -360,18 +364,26 @@ class _Run:
     if profile.num_steps and done == profile.start_step:
       self._read_metrics()
       if self.session.process.is_first:  # One host's trace says enough.
-        jax.profiler.start_trace(self.workdir / "profile")
-        self.tracing = True
+        remote = storage.is_remote(self.workdir)  # The profiler writes local files only.
+        self.trace = tempfile.mkdtemp(prefix="mfjax-profile-") if remote else str(self._profile())
+        jax.profiler.start_trace(self.trace)
     elif profile.num_steps and done == profile.start_step + profile.num_steps:
       self._read_metrics()
       self._stop_trace()
 
   def _stop_trace(self) -> None:
-    if self.tracing:
-      self.tracing = False
-      with self.meter.timed("pause"):
-        jax.profiler.stop_trace()
-      self.writer.say(f"wrote a profile: xprof --logdir={self.workdir / 'profile'} shows it")
+    trace, self.trace = self.trace, None
+    if trace is None:
+      return
+    with self.meter.timed("pause"):
+      jax.profiler.stop_trace()
+      if storage.is_remote(self.workdir):
+        storage.upload(pathlib.Path(trace), self._profile())
+        shutil.rmtree(trace)
+    self.writer.say(f"wrote a profile: xprof --logdir={self._profile()} shows it")
+
+  def _profile(self) -> epath.Path:
+    return self.workdir / "profile"
 
   def _finish(self) -> bool:
     """Save, evaluate all held-out text, sample, plot; return False if a stop request came."""

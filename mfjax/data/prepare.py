@@ -32,7 +32,7 @@ from mfjax.data.index import TOKENIZER_NAME, TRAIN, VALIDATION, Counts, DataInde
 from mfjax.data.shards import ShardWriter, token_dtype
 from mfjax.data.stdlib_corpus import SPLIT_FIELD, write_stdlib_corpus
 from mfjax.data.tokenizer import BYTES, JsonTokenizer, train_bpe
-from mfjax.storage import check_access, is_remote
+from mfjax.storage import check_access, is_remote, upload
 
 _BPE_SAMPLE_BYTES = 256 << 20
 _BYTES_PER_PROCESS = 16 << 20
@@ -408,9 +408,5 @@ def _upload(work: pathlib.Path, out: epath.Path) -> None:
     (out / data_index.INDEX_NAME).unlink(missing_ok=True)
     out.rmtree()
   (out / _UPLOADING).write_text("mfjax prepare was interrupted here: run it again\n")
-  files = [path for path in work.rglob("*") if path.is_file()]
-  for path in sorted(files, key=lambda path: (path.name == data_index.INDEX_NAME, path)):
-    target = out / path.relative_to(work).as_posix()
-    with path.open("rb") as source, target.open("wb") as copy:
-      shutil.copyfileobj(source, copy, 16 << 20)
+  upload(work, out, last=lambda path: path.name == data_index.INDEX_NAME)
   (out / _UPLOADING).unlink()

@@ -1,7 +1,6 @@
 """Small training jobs of several real processes, started as a person would start them."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -10,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from etils import epath
 
 from mfjax.config import (
   CheckpointConfig,
@@ -23,6 +24,7 @@ from mfjax.config import (
   TrainConfig,
 )
 from mfjax.data.prepare import PrepareOptions, prepare
+from mfjax.writers import METRICS_FILE, read_records
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _PID = re.compile(r"\[(\d+)/\S+\] process \d+ of \d+, pid (\d+)")
@@ -68,10 +70,12 @@ class Job:
   devices: int
   extra: str = ""  # Python that each process runs first.
   launch_flags: tuple[str, ...] = ()
+  url: str = ""  # Of the run itself, if it is not in `workdir`, where its logs are.
 
   def start(self) -> "Job":
     """Start `mfjax launch local`."""
     file = self.workdir.parent / f"{self.workdir.name}.py"
+    logs = (f"--logs={self.workdir}/logs",) if self.url else ()
     file.write_text(
       f"from mfjax.config import RunConfig\n{self.extra}\n\n"
       f"def get_config():\n  return RunConfig.from_dict({self.config.to_dict()!r})\n"
@@ -80,7 +84,7 @@ class Job:
       [
         sys.executable, "-m", "launch.main", "launch", "local",
         f"--num_processes={self.processes}", f"--devices_per_process={self.devices}",
-        *self.launch_flags, "--", "train", f"--config={file}", f"--workdir={self.workdir}",
+        *self.launch_flags, *logs, "--", "train", f"--config={file}", f"--workdir={self._run}",
       ],
       env=os.environ
       | {
@@ -94,6 +98,10 @@ class Job:
       text=True,
     )  # fmt: skip
     return self
+
+  @property
+  def _run(self) -> epath.Path:
+    return epath.Path(self.url or self.workdir)
 
   def wait(self) -> int:
     """Wait for the job's end and return its exit code."""
@@ -147,13 +155,11 @@ class Job:
 
   def records(self) -> list[dict[str, Any]]:
     """Return the whole records of metrics.jsonl."""
-    path = self.workdir / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return read_records(self._run / METRICS_FILE)
 
   def losses(self) -> list[tuple[int, float]]:
     """Return the loss of every step, as logged."""
     return [(record["step"], record["loss"]) for record in self.records() if "loss" in record]
 
   def checkpoints(self) -> list[int]:
-    return sorted(int(p.name) for p in (self.workdir / "checkpoints").iterdir())
+    return sorted(int(p.name) for p in (self._run / "checkpoints").iterdir())
