@@ -1,7 +1,9 @@
 """Run `mfjax COMMAND`: find the command, parse its flags, turn a user's mistake into a sentence.
 
 A command is a module of this package with a docstring and `main(argv) -> int | None`, where `argv`
-is the program's name and the positional arguments. Only the command that runs is imported.
+is the program's name and the positional arguments. Only the command that runs is imported. One that
+has parts of its own has `part(arguments) -> module | None` as well: it imports the part that the
+arguments name, whose flags and docstring then count as the command's.
 """
 
 import ast
@@ -65,14 +67,20 @@ def _dispatch(args: list[str]) -> int:
     return _fail("mfjax", unknown_name(args[0], commands(), "command"))
   os.environ.setdefault("FSSPEC_GCS", GCS_OPTIONS)
   command = importlib.import_module(f"launch.{name}")
-  program = f"mfjax {args[0]}"
+  program, described = f"mfjax {args[0]}", command
+  if hasattr(command, "part"):
+    try:
+      part = command.part(args[1:])
+    except ValueError as error:
+      return _fail(program, str(error))
+    described = part or command
   if _HELP.intersection(args[: args.index("--")] if "--" in args else args):
-    print(_command_help(program, command))
+    print(_command_help(program, described))
     return 0
   app.run(
     functools.partial(_run, program, command),
     argv=[program, *args[1:]],
-    flags_parser=functools.partial(_parse, program, command),
+    flags_parser=functools.partial(_parse, program),
   )
   raise AssertionError("app.run does not return")
 
@@ -107,7 +115,7 @@ def _fail(program: str, message: str, code: int = USAGE_ERROR) -> int:
   return code
 
 
-def _parse(program: str, command: types.ModuleType, argv: Sequence[str]) -> list[str]:
+def _parse(program: str, argv: Sequence[str]) -> list[str]:
   """Return the program's name and the positional arguments; set the flags."""
   end = argv.index("--") if "--" in argv else len(argv)
   before = [
@@ -121,7 +129,7 @@ def _parse(program: str, command: types.ModuleType, argv: Sequence[str]) -> list
       logging.set_verbosity(logging.WARNING)  # At absl.app's choice, INFO, Orbax fills screens.
     return positional
   except flags.UnrecognizedFlagError as error:
-    known = [f"--{flag.name}" for flag in _command_flags(command)]
+    known = [f"--{flag.name}" for flag in _command_flags()]
     message = unknown_name(f"--{error.flagname}", known, "flag")
   except flags.Error as error:
     message = str(error)
@@ -162,15 +170,15 @@ def _overview() -> str:
   )
 
 
-def _command_flags(command: types.ModuleType) -> list[flags.Flag[Any]]:
-  by_module = FLAGS.flags_by_module_dict()
-  own = [*by_module.get(command.__name__, []), *by_module.get("launch.flags", [])]
+def _command_flags() -> list[flags.Flag[Any]]:
+  by_module = FLAGS.flags_by_module_dict()  # No other command was imported.
+  own = [flag for name, found in by_module.items() if name.startswith("launch.") for flag in found]
   return sorted(own, key=lambda flag: flag.name)
 
 
 def _command_help(program: str, command: types.ModuleType) -> str:
   lines = [f"usage: {program} [FLAGS]", "", (command.__doc__ or "").strip(), "", "flags:"]
-  for flag in _command_flags(command):
+  for flag in _command_flags():
     default = f" Default: {flag.default}." if flag.default not in (None, "", []) else ""
     indent = " " * 6
     purpose = (flag.help or "").partition(";\n")[0]  # absl adds a clause to repeatable flags.

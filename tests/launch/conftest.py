@@ -68,5 +68,6 @@ def mfjax(
   before = set(sys.modules)
   with flagsaver.flagsaver():  # Forgets the flags that commands register: so the commands must go.
     yield run
-  for module in {f"launch.{name}" for name in launch_main.commands()} - before:
-    sys.modules.pop(module, None)
+  for module in set(sys.modules) - before:
+    if module.startswith("launch."):
+      del sys.modules[module]
