@@ -2,10 +2,14 @@
 
   mfjax train --config=quickstart --workdir=runs/quickstart [--config.train.steps=1000 ...]
 
+It runs alone or as one of several processes, which Slurm, Open MPI, GKE, Cloud TPU or `mfjax
+launch` has started, or which flags place; of those one is enough to be asked to stop, or to fail.
+
 A workdir that already has checkpoints is resumed from the newest good one. Ctrl-C finishes the
 step, saves and exits with 0; SIGTERM (preemption) does so with 75, on which launchers requeue. A
 second signal exits at once. Exit code 1: the run failed (too many non-finite steps, a checkpoint or
-metrics that could not be saved); 2: the configuration, the data or the workdir cannot be used.
+metrics that could not be saved, processes that did not come together); 2: the configuration, the
+data or the workdir cannot be used; 76: no step within cluster.watchdog_timeout.
 """
 
 import os
@@ -18,9 +22,13 @@ from collections.abc import MutableMapping, Sequence
 
 from absl import flags
 
+from launch import _cluster
 from launch import flags as shared
 from mfjax import describe
-from mfjax.train import Exit, StopSignal, TrainingFailedError, train
+from mfjax.cluster import exit_codes
+from mfjax.cluster.start import StartError
+from mfjax.cluster.stop import Exit, StopSignal
+from mfjax.train import TrainingFailedError, train
 
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "Print config, parameter counts, memory and shardings; allocate nothing."
@@ -35,8 +43,11 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Go on in a workdir whose saved config differs in what it computes."
 )
 
-EXIT_CODES = {Exit.FINISHED: 0, Exit.INTERRUPTED: 0, Exit.PREEMPTED: 75}
-_FAILED = 1
+EXIT_CODES = {
+  Exit.FINISHED: exit_codes.FINISHED,
+  Exit.INTERRUPTED: exit_codes.FINISHED,
+  Exit.PREEMPTED: exit_codes.PREEMPTED,
+}
 _REQUESTS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.PREEMPTED}
 _VIRTUAL_DEVICES = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 _SHOW_CURSOR = b"\x1b[?25h"
@@ -54,19 +65,19 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError("--num_devices is for --dry_run: a run takes all the devices there are")
   workdir = shared.workdir()
   size_thread_pool(os.environ)
-  stop = StopSignal()
-  listen(stop)
   try:
-    outcome = train(
-      config,
-      workdir,
-      stop=stop,
-      resume_command=shlex.join(["mfjax", *sys.argv[1:]]),
-      allow_config_change=_ALLOW_CONFIG_CHANGE.value,
-    )
-  except TrainingFailedError as error:
+    with _cluster.open_session(config.cluster) as session:
+      listen(session.stop)  # After JAX's runtime is up: it has signal handlers of its own.
+      outcome = train(
+        config,
+        workdir,
+        session=session,
+        resume_command=_cluster.resume_command(shlex.join(["mfjax", *sys.argv[1:]])),
+        allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+      )
+  except (StartError, TrainingFailedError) as error:
     print(f"mfjax train: error: {error}", file=sys.stderr)
-    return _FAILED
+    return exit_codes.FAILED
   return EXIT_CODES[outcome]
 
 
@@ -98,14 +109,16 @@ def listen(stop: StopSignal) -> None:
 
 
 def _answer(reader: int, stop: StopSignal) -> None:
+  asked = False
   while True:
     number = os.read(reader, 1)[0]
     if number not in _REQUESTS:
       continue
-    if stop.request is not None:
+    if asked:
       if os.isatty(1):
         os.write(1, _SHOW_CURSOR)  # The live line had hidden it.
       os._exit(128 + number)
-    stop.request = _REQUESTS[signal.Signals(number)]
-    notice = f"\n{stop.request.value}: finishing the step and saving; again to exit at once\n"
+    asked, request = True, _REQUESTS[signal.Signals(number)]
+    notice = f"\n{request.value}: finishing the step and saving; again to exit at once\n"
     os.write(2, notice.encode())
+    stop.ask(request)

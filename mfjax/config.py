@@ -357,6 +357,26 @@ class ProfileConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig(Checked):
+  """Time limits in seconds of a run on several processes.
+
+  `initialization_timeout`: until all are connected. `heartbeat_timeout`: a process that is silent
+  for so long is dead, and the others end. `shutdown_timeout`: how long finished processes wait for
+  the last one. `watchdog_timeout`: without a step for so long (compilation, one batch of an
+  evaluation and reading a checkpoint count too) all stacks are printed and the job ends; 0: never.
+  """
+
+  initialization_timeout: int = 300
+  heartbeat_timeout: int = 10
+  shutdown_timeout: int = 120
+  watchdog_timeout: int = 1800
+
+  def _validate(self) -> None:
+    positive(self, "initialization_timeout", "heartbeat_timeout", "shutdown_timeout")
+    not_negative(self, "watchdog_timeout")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Checked):
   """Everything that defines a run."""
 
@@ -370,6 +390,7 @@ class RunConfig(Checked):
   evaluate: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   profile: ProfileConfig = ProfileConfig()
+  cluster: ClusterConfig = ClusterConfig()
 
   def _validate(self) -> None:
     rows, microbatches = self.data.batch_rows, self.train.microbatches

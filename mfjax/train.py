@@ -6,7 +6,6 @@ batch after it is on its way before the metrics of step n are read.
 
 import contextlib
 import dataclasses
-import enum
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ import numpy as np
 from etils import epath
 
 from mfjax import checkpoint, evaluate, held_out, metrics, plot, sharding, train_step
+from mfjax.cluster.session import Session
+from mfjax.cluster.stop import Exit
 from mfjax.config import OnSaveError, RunConfig
 from mfjax.data.index import DataIndex, open_index
 from mfjax.data.pipeline import TrainStream
@@ -29,23 +30,8 @@ _LOG = logging.getLogger(__name__)
 Stream = Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]
 
 
-class Exit(enum.Enum):
-  """How a run ended that did not fail."""
-
-  FINISHED = "finished"
-  INTERRUPTED = "SIGINT"
-  PREEMPTED = "SIGTERM"
-
-
 class TrainingFailedError(Exception):
   """The run cannot go on; the message says why, which checkpoint is good and how to go on."""
-
-
-@dataclasses.dataclass
-class StopSignal:
-  """What a signal asked of the loop: to end after the current step with this exit."""
-
-  request: Exit | None = None
 
 
 def open_data(config: RunConfig) -> DataIndex:
@@ -68,28 +54,32 @@ def train(
   config: RunConfig,
   workdir: epath.PathLike,
   *,
-  stop: StopSignal,
+  session: Session,
   resume_command: str,
   allow_config_change: bool = False,
 ) -> Exit:
   """Train until `train.steps`, from the workdir's newest good checkpoint if it has one.
 
+  Every process of a run calls this with its own session, and all take the same way through it: what
+  decides about it is the same on all of them.
+
   Args:
-    stop: polled after every step; on a request the run saves a checkpoint and returns.
+    session: asked after every step whether to stop; then the run saves a checkpoint and returns.
     resume_command: what a person types to go on, for messages.
     allow_config_change: go on although the model, data, optimizer or loss were changed.
 
   Raises:
-    ValueError: data, workdir and config do not fit together.
-    NotImplementedError: there are several processes.
+    ValueError: data, workdir, config and processes do not fit together.
     TrainingFailedError: too many non-finite steps in a row, or a checkpoint or metrics could not be
       saved.
   """
   workdir, index = absolute(workdir), open_data(config)
   check_config(workdir, config, allow=allow_config_change)
-  if jax.process_count() > 1:  # Each would decide for itself when to stop: a deadlock.
-    raise NotImplementedError(
-      f"training runs in one process, and this is one of {jax.process_count()}: use one host"
+  session.agree(config, index)  # No process has written into the workdir before all have seen it.
+  if jax.process_count() != session.process.count:  # Each would stop by itself: a deadlock.
+    raise ValueError(
+      f"JAX runs in {jax.process_count()} processes and the session in {session.process.count}: "
+      "open it with mfjax.cluster.session.open_session"
     )
   mesh = sharding.make_mesh(config.mesh, jax.devices())
   config = train_step.resolve(config, mesh)
@@ -106,11 +96,11 @@ def train(
       state=start.data_state or None,
     )
     stack.enter_context(contextlib.closing(stream))
-    if jax.process_index() == 0:  # Not before: a mistake must not lay down the workdir's config.
+    if session.process.is_first:  # Not before: a mistake must not lay down the workdir's config.
       write_config(workdir, config)
-    writer = open_writers(workdir, config.train, start.step, first=jax.process_index() == 0)
+    writer = open_writers(workdir, config.train, start.step, session.process)
     stack.enter_context(contextlib.closing(writer))
-    run = _Run(config, workdir, index, mesh, checkpointer, writer, stop, resume_command, start)
+    run = _Run(config, workdir, index, mesh, checkpointer, writer, session, resume_command, start)
     return run.go(stream)
 
 
@@ -154,13 +144,13 @@ class _Run:
     mesh: jax.sharding.Mesh,
     checkpointer: checkpoint.Checkpointer,
     writer: Writer,
-    stop: StopSignal,
+    session: Session,
     resume_command: str,
     start: checkpoint.Restored,
   ):
     self.config, self.workdir, self.index, self.mesh = config, workdir, index, mesh
     self.checkpointer, self.writer = checkpointer, writer
-    self.stop, self.resume_command = stop, resume_command
+    self.session, self.resume_command = session, resume_command
     self.step, self.state, self.data_state = start.step, start.state, start.data_state
     self.first_step = start.step
     self.meter = metrics.Meter(
@@ -197,7 +187,7 @@ class _Run:
     if upcoming:
       step_fn = self._compile(upcoming)
     while upcoming and self.step < self.config.train.steps:
-      if self.stop.request is not None:
+      if self._must_stop():
         return False
       self._trace_if_due()
       with (
@@ -216,6 +206,11 @@ class _Run:
     if self.step < self.config.train.steps:
       self.writer.say(f"the data ended after step {self.step} (data.on_end=stop)")
     return True
+
+  def _must_stop(self) -> bool:
+    """Note that the run goes on; return whether all processes stop here."""
+    self.session.step(self.step)
+    return self.session.stop.poll() is not None
 
   def _compile(self, batch: _Batch) -> TrainStep:
     began = time.perf_counter()
@@ -299,7 +294,14 @@ class _Run:
         raise TrainingFailedError(
           f"{error}. {self._last_good()}. To go on: {self.resume_command}"
         ) from error
-      self.writer.say(f"warning: {error}; training goes on (checkpoint.on_save_error)")
+      self._warn(f"{error}; training goes on (checkpoint.on_save_error)")
+
+  def _warn(self, text: str) -> None:
+    """Say what went wrong on this process, be it the first or not."""
+    if self.session.process.is_first:
+      self.writer.say(f"warning: {text}")
+    else:
+      _LOG.warning("%s", text)
 
   def _save(self) -> None:
     """Save this step in the background, unless it was skipped: the last good one stays newest."""
@@ -335,7 +337,7 @@ class _Run:
         rows=self.config.data.batch_rows // self.config.train.microbatches,
         sequence_length=self.config.data.sequence_length,
         max_tokens=max_tokens,
-        stopped=lambda: not max_tokens and self.stop.request is not None,
+        stopped=lambda: self._must_stop() and not max_tokens,
       )
     if losses:
       by_domain = {domain: dataclasses.asdict(loss) for domain, loss in losses.items()}
@@ -347,9 +349,10 @@ class _Run:
     profile, done = self.config.profile, self.step - self.first_step
     if profile.num_steps and done == profile.start_step:
       self._read_metrics()
-      jax.profiler.start_trace(self.workdir / "profile")
-      self.tracing = True
-    elif self.tracing and done == profile.start_step + profile.num_steps:
+      if self.session.process.is_first:  # One host's trace says enough.
+        jax.profiler.start_trace(self.workdir / "profile")
+        self.tracing = True
+    elif profile.num_steps and done == profile.start_step + profile.num_steps:
       self._read_metrics()
       self._stop_trace()
 
@@ -371,7 +374,7 @@ class _Run:
     self.writer.say(f"\n{held_out.table(losses)}\n" if losses else "no text is held out")
     if losses and self.config.evaluate.sample_tokens:
       self._sample()
-    if jax.process_index() == 0:
+    if self.session.process.is_first:
       self._say_where(plot.draw(self.workdir))
     return True
 
@@ -411,11 +414,12 @@ class _Run:
 
   def _interrupt(self) -> Exit:
     """Save what was trained and say how to go on."""
-    assert self.stop.request is not None
-    self.writer.say(f"{self.stop.request.value}: saving step {self.step}")
+    request = self.session.stop.request
+    assert request is not None
+    self.writer.say(f"{request.value}: saving step {self.step}")
     self._save_and_wait()
     self.writer.say(
       f"stopped after step {self.step}, saved in {self.workdir / 'checkpoints'}; "
       f"to go on: {self.resume_command}"
     )
-    return self.stop.request
+    return request

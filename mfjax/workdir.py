@@ -13,6 +13,7 @@ from mfjax.storage import is_remote
 
 _LOG = logging.getLogger(__name__)
 
+LOGS = "logs"  # Of `mfjax launch local`, which writes them before the run begins.
 _CONFIG_FILE = "config.json"
 # Fields that change how a run is computed, watched or stored, not what it computes.
 _MAY_CHANGE = (
@@ -21,6 +22,7 @@ _MAY_CHANGE = (
   "evaluate.",
   "checkpoint.",
   "profile.",
+  "cluster.",
   "data.path",  # The data state names the digest of what it was drawn from.
   "data.prefetch_batches",
   "loss.chunk_tokens",
@@ -46,8 +48,8 @@ def check_config(workdir: epath.PathLike, run_config: RunConfig, *, allow: bool 
     return
   if not directory.is_dir():
     raise ValueError(f"workdir {directory} is a file: give a directory")
-  pending = f"{_CONFIG_FILE}.tmp"
-  found = sorted(path.name for path in directory.iterdir() if path.name != pending)
+  passed_over = {f"{_CONFIG_FILE}.tmp", LOGS}
+  found = sorted(path.name for path in directory.iterdir() if path.name not in passed_over)
   if not found:
     return
   if _CONFIG_FILE not in found:

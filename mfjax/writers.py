@@ -22,6 +22,7 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
+from mfjax.cluster.processes import Process
 from mfjax.config import TrainConfig
 from mfjax.storage import is_remote
 
@@ -92,11 +93,11 @@ def describe_record(record: Mapping[str, Any]) -> str:
 
 
 class LineWriter(Writer):
-  """Prints a line per record: for logs and pipes."""
+  """Prints a line per record: for logs and pipes; `label` begins each line."""
 
-  def __init__(self, num_steps: int, stream: TextIO):
+  def __init__(self, num_steps: int, stream: TextIO, label: str = ""):
     self._num_steps = num_steps
-    self._stream = stream
+    self._stream, self._start = stream, f"{label} " if label else ""
 
   def log(self, record: Mapping[str, Any]) -> None:
     width = len(str(self._num_steps))
@@ -104,7 +105,7 @@ class LineWriter(Writer):
 
   def say(self, text: str) -> None:
     try:
-      self._stream.write(text + "\n")
+      self._stream.write("".join(f"{self._start}{line}\n" for line in text.split("\n")))
       self._stream.flush()
     except BrokenPipeError:
       raise
@@ -154,12 +155,12 @@ class LiveWriter(Writer):
     self._progress.stop()
 
 
-def terminal_writer(num_steps: int, stream: TextIO | None = None) -> Writer:
-  """Return a live line for a terminal, plain lines for anything else."""
+def terminal_writer(num_steps: int, stream: TextIO | None = None, label: str = "") -> Writer:
+  """Return a live line for a terminal, plain lines that begin with `label` for anything else."""
   stream = stream or sys.stdout
   if stream.isatty():
     return LiveWriter(num_steps, rich.console.Console(file=stream))
-  return LineWriter(num_steps, stream)
+  return LineWriter(num_steps, stream, label)
 
 
 def _plain(value: Any) -> Any:
@@ -364,12 +365,14 @@ class TensorBoardWriter(Writer):
 
 
 def open_writers(
-  workdir: epath.Path, config: TrainConfig, start_step: int, *, first: bool
+  workdir: epath.Path, config: TrainConfig, start_step: int, process: Process
 ) -> Writer:
-  """Open a run's writers, `start_step` being the restored step; only the `first` process writes."""
-  if not first:
+  """Open a run's writers, `start_step` being the restored step; only the first process writes."""
+  if not process.is_first:
     return Writer()
-  writers = [terminal_writer(config.steps), JsonlWriter(workdir / METRICS_FILE, start_step)]
+  label = process.label if process.count > 1 else ""
+  terminal = terminal_writer(config.steps, label=label)
+  writers = [terminal, JsonlWriter(workdir / METRICS_FILE, start_step)]
   if config.tensorboard:
     writers.append(TensorBoardWriter(workdir / "tensorboard", start_step))
   return Writers(writers)

@@ -22,6 +22,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mfjax import sharding, train, train_step
 from mfjax.checkpoint import Checkpointer
+from mfjax.cluster.session import Session
+from mfjax.cluster.stop import StopSignal
 from mfjax.config import (
   CheckpointConfig,
   DataConfig,
@@ -78,8 +80,8 @@ def config(tmp_path_factory):
 
 
 def run(config, workdir, stop=None):
-  stop = stop or train.StopSignal()
-  return train.train(config, workdir, stop=stop, resume_command="mfjax train ...")
+  stop = stop or StopSignal()
+  return train.train(config, workdir, session=Session(stop=stop), resume_command="mfjax train ...")
 
 
 def last_checkpoint(config, workdir):
@@ -105,7 +107,7 @@ def test_two_and_two_steps_are_four(config, cache, tmp_path, monkeypatch, capsys
     assert str(whole / path) in output
     assert (whole / path).exists()
 
-  stop = train.StopSignal()
+  stop = StopSignal()
 
   class Stopping(train.TrainStream):
     """Asks for a stop while batch 3 is read: step 2 is the last."""

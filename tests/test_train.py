@@ -16,6 +16,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mfjax import checkpoint, held_out, metrics, train, writers
+from mfjax.cluster.session import Session
+from mfjax.cluster.stop import StopSignal
 from mfjax.config import (
   CheckpointConfig,
   DataConfig,
@@ -147,8 +149,10 @@ def run(config, workdir, stop=None, **options):
   """Train and return the exit and what was printed."""
   output = io.StringIO()
   with contextlib.redirect_stdout(output):
-    stop = stop or train.StopSignal()
-    outcome = train.train(config, workdir, stop=stop, resume_command=COMMAND, **options)
+    stop = stop or StopSignal()
+    outcome = train.train(
+      config, workdir, session=Session(stop=stop), resume_command=COMMAND, **options
+    )
   return outcome, output.getvalue()
 
 
@@ -207,7 +211,7 @@ def test_stop_saves_the_step_and_resume_goes_on(tmp_path, monkeypatch, request_,
   undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
   config = make_config(checkpoint_every=100)
   run(config, undisturbed)
-  stop = train.StopSignal()
+  stop = StopSignal()
   with monkeypatch.context() as patch:
     stop_before_batch(patch, 4, stop, request_)
     outcome, output = run(config, stopped, stop)
@@ -280,7 +284,7 @@ def test_the_last_step_of_the_data_is_evaluated_once(tmp_path, monkeypatch):
 def test_a_stop_request_cuts_only_an_unbounded_evaluation_short(
   tmp_path, monkeypatch, max_tokens, evaluated
 ):
-  stop, losses = train.StopSignal(), train.held_out.evaluate_domains()
+  stop, losses = StopSignal(), train.held_out.evaluate_domains()
 
   def evaluate(*args, stopped, **kwargs):
     stop.request = train.Exit.PREEMPTED
@@ -458,9 +462,9 @@ def test_profile_of_a_run_that_fails(tmp_path, monkeypatch):
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_several_processes_need_a_session_of_as_many(tmp_path, monkeypatch):
   monkeypatch.setattr(train.jax, "process_count", lambda: 2)
-  with pytest.raises(NotImplementedError, match="one process, and this is one of 2"):
+  with pytest.raises(ValueError, match="JAX runs in 2 processes and the session in 1"):
     run(make_config(), tmp_path)
   assert list(tmp_path.iterdir()) == []
 

@@ -13,6 +13,7 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from mfjax import writers
+from mfjax.cluster.processes import Process
 from mfjax.config import TrainConfig
 
 
@@ -214,11 +215,11 @@ def test_live_line_on_a_terminal():
 
 def test_only_the_first_process_writes(tmp_path):
   directory = epath.Path(tmp_path)
-  writer = writers.open_writers(directory, TrainConfig(), 0, first=False)
+  writer = writers.open_writers(directory, TrainConfig(), 0, Process(1, 2))
   writer.log(train_record(1))
   writer.close()
   assert list(tmp_path.iterdir()) == []
-  writer = writers.open_writers(directory, TrainConfig(), 0, first=True)
+  writer = writers.open_writers(directory, TrainConfig(), 0, Process(0, 2))
   writer.log(train_record(1))
   writer.close()
   assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}

@@ -71,3 +71,4 @@ def mfjax(
   for module in set(sys.modules) - before:
     if module.startswith("launch."):
       del sys.modules[module]
+      vars(launch).pop(module.removeprefix("launch."), None)

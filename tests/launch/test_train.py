@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from mfjax.train import Exit, TrainingFailedError, train
+from mfjax.cluster.stop import Exit
+from mfjax.train import TrainingFailedError, train
 
 LISTEN = """
 import hashlib, sys, time

@@ -1,0 +1,1 @@
+"""Several processes as one job: start, agreement, stopping together, and ending when one fails."""
