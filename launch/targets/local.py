@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from launch import _cluster
+from launch import _environment
 from launch.targets import flags as shared
 from mfjax.cluster import local
 from mfjax.cluster.restart import RestartPolicy, run_with_restarts
@@ -90,14 +90,14 @@ def workers(command: Sequence[str], logs: pathlib.Path, coordinator: str) -> lis
     "XLA_FLAGS": f"{xla_flags} {devices}".strip(),
     # Threads of XLA's CPU client: with fewer than twice the devices, collectives can deadlock.
     "NPROC": str(max(_LEAST_THREADS, 2 * _DEVICES.value)),
-    _cluster.variable(_cluster.COORDINATOR_ADDRESS): coordinator,
-    _cluster.variable(_cluster.NUM_PROCESSES): str(_NUM_PROCESSES.value),
-    _cluster.variable(_cluster.RESUME_COMMAND): shlex.join(["mfjax", *sys.argv[1:]]),
+    _environment.COORDINATOR_ADDRESS: coordinator,
+    _environment.NUM_PROCESSES: str(_NUM_PROCESSES.value),
+    _environment.RESUME_COMMAND: shlex.join(["mfjax", *sys.argv[1:]]),
   }
   return [
     local.Worker(
       (sys.executable, "-u", "-m", "launch.main", *command),
-      {**common, _cluster.variable(_cluster.PROCESS_ID): str(rank)},
+      {**common, _environment.PROCESS_ID: str(rank)},
       logs / f"rank_{rank}.log",
     )
     for rank in range(_NUM_PROCESSES.value)
