@@ -4,7 +4,6 @@ The first process that fails ends the others: they are given time to log why, th
 killed with the launcher, however that ends.
 """
 
-import ctypes
 import dataclasses
 import logging
 import os
@@ -12,14 +11,23 @@ import pathlib
 import signal
 import socket
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 _LOG = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+# What a new process does first: asks the kernel to kill it when the launcher, whose id is the first
+# argument, dies. Not a `preexec_fn`, which is not safe in a process with threads.
+_GUARD = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+  sys.exit("the launcher is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 _TAIL_LINES = 15
 _KILLED_SECONDS = 10.0
 
@@ -108,13 +116,12 @@ class LocalJob:
     is_first = not self._processes
     with worker.log.open("ab") as log:
       process = subprocess.Popen(
-        worker.command,
+        (sys.executable, "-I", "-S", "-c", _GUARD, str(os.getpid()), *worker.command),
         env={**self._environment, **worker.settings},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE if is_first else log,
         stderr=subprocess.STDOUT,
         process_group=0,  # The terminal's Ctrl-C reaches the launcher alone, which passes it on.
-        preexec_fn=_die_with_parent(os.getpid()),
       )
     if is_first:
       assert process.stdout is not None
@@ -125,7 +132,7 @@ class LocalJob:
 
   def _copy(self, output: BinaryIO, path: pathlib.Path) -> None:
     shown = True
-    with path.open("ab", buffering=0) as log:
+    with output, path.open("ab", buffering=0) as log:
       for line in output:
         log.write(line)
         try:
@@ -173,17 +180,6 @@ class LocalJob:
         process.kill()
     for process in self._processes:
       process.wait()
-
-
-def _die_with_parent(parent: int) -> Callable[[], None]:
-  """Return what a new process does first: the kernel kills it when the launcher dies."""
-
-  def do() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # It died in between.
-      os._exit(1)
-
-  return do
 
 
 def last_lines(path: pathlib.Path) -> str:

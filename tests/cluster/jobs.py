@@ -1,0 +1,148 @@
+"""Small training jobs of several real processes, started as a person would start them."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from typing import Any
+
+from mfjax.config import (
+  CheckpointConfig,
+  DataConfig,
+  DType,
+  EvalConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RunConfig,
+  TrainConfig,
+)
+from mfjax.data.prepare import PrepareOptions, prepare
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+_PID = re.compile(r"\[(\d+)/\S+\] process \d+ of \d+, pid (\d+)")
+_PATIENCE_SECONDS = 300
+
+
+def make_data(directory: pathlib.Path, count: int = 200) -> pathlib.Path:
+  """Prepare a corpus of short texts."""
+  text = directory / "text"
+  text.mkdir(parents=True)
+  for number in range(count):
+    (text / f"{number}.txt").write_text(f"{number} times {number} " * 10)
+  inputs = (("numbers", str(text)),)
+  prepare(PrepareOptions(out=str(directory / "data"), inputs=inputs, validation_fraction=0.1))
+  return directory / "data"
+
+
+def make_config(data: pathlib.Path, *, steps: int, **sections: Any) -> RunConfig:
+  """Return a run that takes seconds; keyword arguments replace whole sections."""
+  defaults: dict[str, Any] = {
+    "model": ModelConfig(
+      vocab_size=257, d_model=8, num_layers=1, num_heads=2, d_attention=8, d_ff=8,
+      num_attention_experts=2, num_ff_experts=2, d_gate=4, compute_dtype=DType.FLOAT32,
+    ),
+    "mesh": MeshConfig(fsdp=2, expert=2),
+    "data": DataConfig(path=str(data), sequence_length=32, batch_rows=8),
+    "optimizer": OptimizerConfig(warmup_steps=1),
+    "train": TrainConfig(steps=steps, log_every=1, tensorboard=False),
+    "evaluate": EvalConfig(every=0),
+    "checkpoint": CheckpointConfig(every=5),
+  }  # fmt: skip
+  return RunConfig(**defaults | sections)
+
+
+@dataclasses.dataclass
+class Job:
+  """A run in `workdir`; started again, it goes on."""
+
+  config: RunConfig
+  workdir: pathlib.Path
+  cache: pathlib.Path
+  processes: int
+  devices: int
+  extra: str = ""  # Python that each process runs first.
+  launch_flags: tuple[str, ...] = ()
+
+  def start(self) -> "Job":
+    """Start `mfjax launch local`."""
+    file = self.workdir.parent / f"{self.workdir.name}.py"
+    file.write_text(
+      f"from mfjax.config import RunConfig\n{self.extra}\n\n"
+      f"def get_config():\n  return RunConfig.from_dict({self.config.to_dict()!r})\n"
+    )
+    self.process = subprocess.Popen(
+      [
+        sys.executable, "-m", "launch.main", "launch", "local",
+        f"--num_processes={self.processes}", f"--devices_per_process={self.devices}",
+        *self.launch_flags, "--", "train", f"--config={file}", f"--workdir={self.workdir}",
+      ],
+      env=os.environ
+      | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      },
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )  # fmt: skip
+    return self
+
+  def wait(self) -> int:
+    """Wait for the job's end and return its exit code."""
+    try:
+      _, self.errors = self.process.communicate(timeout=_PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      raise AssertionError(f"the job did not end:\n{self.all_logs()}") from None
+    return self.process.returncode
+
+  def run(self) -> "Job":
+    """Run to a successful end."""
+    code = self.start().wait()
+    assert code == 0, f"{self.errors}\n{self.all_logs()}"
+    return self
+
+  def log(self, rank: int) -> str:
+    """Return what a rank wrote since its newest start."""
+    path = self.workdir / "logs" / f"rank_{rank}.log"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return text.rpartition("\n--- ")[2]
+
+  def all_logs(self) -> str:
+    return "\n".join(f"=== {rank}\n{self.log(rank)}" for rank in range(self.processes))
+
+  def pid(self, rank: int) -> int:
+    """Return the process id of a rank that has started."""
+    match = _PID.search(self.log(rank))
+    assert match is not None
+    return int(match[2])
+
+  def await_step(self, step: int) -> None:
+    """Wait until the metrics of a step are there."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+      if any(record["step"] >= step for record in self.records()):
+        return
+      assert self.process.poll() is None, self.all_logs()
+      time.sleep(0.1)
+    raise AssertionError(f"step {step} did not come:\n{self.all_logs()}")
+
+  def records(self) -> list[dict[str, Any]]:
+    """Return the whole records of metrics.jsonl."""
+    path = self.workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+  def losses(self) -> list[tuple[int, float]]:
+    """Return the loss of every step, as logged."""
+    return [(record["step"], record["loss"]) for record in self.records() if "loss" in record]
+
+  def checkpoints(self) -> list[int]:
+    return sorted(int(p.name) for p in (self.workdir / "checkpoints").iterdir())
