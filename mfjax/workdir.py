@@ -8,12 +8,12 @@ import platform
 from etils import epath
 
 from mfjax import digests
+from mfjax.cluster.local import LOGS
 from mfjax.config import RunConfig, Schedule
 from mfjax.storage import is_remote
 
 _LOG = logging.getLogger(__name__)
 
-LOGS = "logs"  # Of `mfjax launch local`, which writes them before the run begins.
 _CONFIG_FILE = "config.json"
 # Fields that change how a run is computed, watched or stored, not what it computes.
 _MAY_CHANGE = (

@@ -25,7 +25,6 @@ from launch import _environment
 from launch.targets import flags as shared
 from mfjax.cluster import local
 from mfjax.cluster.restart import RestartPolicy, run_with_restarts
-from mfjax.workdir import LOGS
 
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 2, "Processes to start.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer(
@@ -127,7 +126,7 @@ def log_directory(command: Sequence[str]) -> pathlib.Path:
     raise ValueError(
       f"{shlex.join(command)} has no local --workdir for the logs: give launch --logs=DIR"
     )
-  return workdir / LOGS
+  return workdir / local.LOGS
 
 
 def _begin_logs(started: Sequence[local.Worker], attempt: int) -> None:

@@ -56,15 +56,17 @@ def _digest(content: bytes) -> str:
   return hashlib.sha256(content).hexdigest()[:16]
 
 
-def check(store: Store, process: Process, mine: Facts, timeout: float) -> None:
-  """Compare `facts` with those of all other processes.
+def check(
+  store: Store, process: Process, mine: Facts, timeout: float, name: str = "agreement"
+) -> None:
+  """Compare `facts` with those of all other processes; `name` can be used once.
 
   Raises:
     ValueError: a process differs from most; the same sentence on every process, with its rank.
     TimeoutError: a process did not come to compare in time.
   """
   value = {"host": process.host, "facts": {kind: dict(leaves) for kind, leaves in mine.items()}}
-  problem = settle(store, process, "agreement", value, differences, timeout)
+  problem = settle(store, process, name, value, differences, timeout)
   if problem:
     raise ValueError(problem)
 

@@ -16,6 +16,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
+LOGS = "logs"  # Directory in a workdir, written to before the run begins.
+
 _LOG = logging.getLogger(__name__)
 
 # What a new process does first: asks the kernel to kill it when the launcher, whose id is the first

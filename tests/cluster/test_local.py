@@ -12,7 +12,7 @@ import pytest
 from mfjax.config import ClusterConfig, EvalConfig
 from tests.cluster.jobs import Job, make_config, make_data
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = pytest.mark.cluster
 
 STEPS = 6
 LONG = 60  # Long enough to be hit in its middle.
