@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from mfjax.config import (
@@ -126,13 +127,23 @@ class Job:
 
   def await_step(self, step: int) -> None:
     """Wait until the metrics of a step are there."""
+    self._await(lambda: any(record["step"] >= step for record in self.records()))
+
+  def await_start(self, number: int) -> None:
+    """Wait until every process of the launcher's n-th start has found the others."""
+
+    def started() -> bool:
+      logs = [self.log(rank) for rank in range(self.processes)]
+      return all(f", start {number}: " in log and _PID.search(log) for log in logs)
+
+    self._await(started)
+
+  def _await(self, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-      if any(record["step"] >= step for record in self.records()):
-        return
+    while not condition():
       assert self.process.poll() is None, self.all_logs()
-      time.sleep(0.1)
-    raise AssertionError(f"step {step} did not come:\n{self.all_logs()}")
+      assert time.monotonic() < deadline, self.all_logs()
+      time.sleep(0.05)
 
   def records(self) -> list[dict[str, Any]]:
     """Return the whole records of metrics.jsonl."""
