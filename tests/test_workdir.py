@@ -26,6 +26,7 @@ def test_a_missing_or_empty_directory_is_free(tmp_path):
   check_config(tmp_path, RunConfig())
   check_config(tmp_path / "missing", RunConfig())
   (tmp_path / "config.json.tmp").touch()  # A crash while it was first written.
+  (tmp_path / "logs").mkdir()  # The launcher's.
   check_config(tmp_path, RunConfig())
 
 
@@ -36,6 +37,7 @@ def test_a_missing_or_empty_directory_is_free(tmp_path):
     changed("evaluate", every=7),
     changed("checkpoint", keep_last=9),
     changed("profile", num_steps=3),
+    changed("cluster", heartbeat_timeout=99),
     changed("data", prefetch_batches=9),
     changed("data", path="elsewhere"),
     changed("loss", chunk_tokens=16),

@@ -213,6 +213,12 @@ def test_live_line_on_a_terminal():
   assert "loss 2.5000  12,346 tokens/s  MFU 25.0 %" in text
 
 
+def test_lines_of_one_of_several_processes_begin_with_its_label():
+  stream = io.StringIO()
+  writers.LineWriter(10, stream, "[0/host]").say("a line\nand another")
+  assert stream.getvalue() == "[0/host] a line\n[0/host] and another\n"
+
+
 def test_only_the_first_process_writes(tmp_path):
   directory = epath.Path(tmp_path)
   writer = writers.open_writers(directory, TrainConfig(), 0, Process(1, 2))
