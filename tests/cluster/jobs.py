@@ -13,6 +13,7 @@ from typing import Any
 
 from mfjax.config import (
   CheckpointConfig,
+  ClusterConfig,
   DataConfig,
   DType,
   EvalConfig,
@@ -53,6 +54,8 @@ def make_config(data: pathlib.Path, *, steps: int, **sections: Any) -> RunConfig
     "train": TrainConfig(steps=steps, log_every=1, tensorboard=False),
     "evaluate": EvalConfig(every=0),
     "checkpoint": CheckpointConfig(every=5),
+    # Not the default: on two cores with other work, a process is not scheduled for seconds.
+    "cluster": ClusterConfig(heartbeat_timeout=25),
   }  # fmt: skip
   return RunConfig(**defaults | sections)
 

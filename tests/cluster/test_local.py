@@ -198,7 +198,7 @@ def test_an_exception_of_one_rank_ends_all_at_once_and_is_in_every_log(jobs, tmp
 
 def test_a_hang_shows_all_stacks_and_last_steps_and_ends_with_its_own_code(jobs, tmp_path):
   extra = ON_RANK_1_AT_BATCH_5.format(what="time.sleep(10**6)")
-  cluster = ClusterConfig(watchdog_timeout=30)
+  cluster = ClusterConfig(watchdog_timeout=30, heartbeat_timeout=60)
   job = jobs.make(tmp_path / "w", extra=extra, cluster=cluster).start()
   assert job.wait() == 76, job.all_logs()
   for rank in range(4):
