@@ -13,6 +13,7 @@ Shapes: B rows, T positions, D d_model, V vocabulary.
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import pathlib
@@ -153,102 +154,111 @@ def compare_logits(
   wide = next((s for s in (a, b) if any(s.dtype(n) != narrow[n] for n in narrow)), None)
   total = sum(tensor.size * 4 for tensor in a.tensors.values())
   stage = Stage("computing logits", (2 if wide is None else 3) * total, report)
-  left, right = (logits(source, ids_BT, stage, narrow) for source in (a, b))
-  found = compare(" and ".join(_program(s) for s in (a, b)), left, right)
+  first, second = _Program(a), _Program(b)
+  left, right = (program.logits(ids_BT, narrow, stage) for program in (first, second))
+  found = compare(f"{first.name} and {second.name}", left, right)
   if not found.is_within_tolerance:
-    found = _without_ties(found, a, b, ids_BT, narrow, report)
+    found = _without_ties(found, first, second, ids_BT, narrow, report)
   if wide is None:
     return found, None
-  exact = logits(wide, ids_BT, stage, {name: wide.dtype(name) for name in narrow})
+  program = first if wide is a else second
+  exact = program.logits(ids_BT, {name: wide.dtype(name) for name in narrow}, stage)
   names = sorted({dtype.name for dtype in narrow.values()})
-  what = f"{_program(wide)} before and after rounding to {'/'.join(names)}"
+  what = f"{program.name} before and after rounding to {'/'.join(names)}"
   return found, compare(what, exact, left if wide is a else right)
-
-
-def _program(source: Source) -> str:
-  return "PyTorch" if isinstance(source, Directory) else "JAX"
 
 
 def _without_ties(
   found: LogitParity,
-  a: Source,
-  b: Source,
+  first: "_Program",
+  second: "_Program",
   ids_BT: np.ndarray,
   dtypes: Mapping[str, np.dtype],
   report: Report,
 ) -> LogitParity:
   """Return `found` with how many layers' positions fell apart, and the comparison without them."""
-  total = 2 * sum(tensor.size * 4 for tensor in a.tensors.values())
+  total = 2 * sum(tensor.size * 4 for tensor in first.source.tensors.values())
   stage = Stage("looking for ties", total, report)
-  first, second = _Program(a, dtypes, stage), _Program(b, dtypes, stage)
-  left_BTD, right_BTD = first.embed(ids_BT), second.embed(ids_BT)
-  ties = 0
-  for layer in range(a.config.num_layers):
-    left_BTD, right_BTD = first.layer(left_BTD, layer), second.layer(right_BTD, layer)
+  left, right = first.rounded(dtypes, stage), second.rounded(dtypes, stage)
+  left_BTD, right_BTD = left.embed(ids_BT), right.embed(ids_BT)
+  num_layers, ties = first.source.config.num_layers, 0
+  for layer in range(num_layers):
+    left_BTD, right_BTD = left.layer(left_BTD, layer), right.layer(right_BTD, layer)
     difference_BT = np.abs(left_BTD - right_BTD).max(-1)
     apart_BT = ~(difference_BT <= TOLERANCE * np.ptp(left_BTD))  # NaN is apart.
     right_BTD = np.where(apart_BT[..., None], left_BTD, right_BTD)
     ties += int(apart_BT.sum())
-  without = compare(found.what, first.head(left_BTD), second.head(right_BTD))
+  without = compare(found.what, left.head(left_BTD), right.head(right_BTD))
   return dataclasses.replace(
     found,
     ties=ties,
-    decisions=a.config.num_layers * ids_BT.size,
+    decisions=num_layers * ids_BT.size,
     share_without_ties=without.share_within,
   )
 
 
-def logits(
-  source: Source, ids_BT: np.ndarray, stage: Stage, dtypes: Mapping[str, np.dtype]
-) -> np.ndarray:
-  """Return float32 [B, T, V], by JAX for a workdir and by PyTorch for a directory.
-
-  Weights are first rounded to `dtypes`.
-  """
-  if isinstance(source, Directory):
-    size = sum(tensor.size * 4 for tensor in source.tensors.values())
-    as_it_is = all(source.dtype(name) == dtypes[name] for name in source.tensors)
-    if size <= _WHOLE_MODEL_BYTES and as_it_is:
-      stage.add(size)
-      return _loaded_logits(source.path, ids_BT)
-  program = _Program(source, dtypes, stage)
-  h_BTD = program.embed(ids_BT)
-  for layer in range(source.config.num_layers):
-    h_BTD = program.layer(h_BTD, layer)
-  return program.head(h_BTD)
-
-
 class _Program:
-  """A model computed layer by layer, each read when it is needed."""
+  """What computes a source's logits: JAX for a workdir, PyTorch for a directory."""
 
-  def __init__(self, source: Source, dtypes: Mapping[str, np.dtype], stage: Stage) -> None:
-    self._source, self._dtypes, self._stage = source, dtypes, stage
-    self._stack: _Stack
+  def __init__(self, source: Source) -> None:
+    self.source = source
+    self.name = "PyTorch" if isinstance(source, Directory) else "JAX"
+
+  @functools.cached_property
+  def stack(self) -> "_Stack":
+    if isinstance(self.source, Directory):
+      return _TorchStack(self.source.config, self.source.published)
+    return _JaxStack(self.source.config)
+
+  def rounded(self, dtypes: Mapping[str, np.dtype], stage: Stage) -> "_Rounded":
+    """Return the model with its weights rounded to `dtypes`."""
+    return _Rounded(self.source, self.stack, dtypes, stage)
+
+  def logits(self, ids_BT: np.ndarray, dtypes: Mapping[str, np.dtype], stage: Stage) -> np.ndarray:
+    """Return float32 [B, T, V] of the model with its weights rounded to `dtypes`."""
+    source = self.source
     if isinstance(source, Directory):
-      self._stack = _TorchStack(source.config, source.published)
-    else:
-      self._stack = _JaxStack(source.config)
+      size = sum(tensor.size * 4 for tensor in source.tensors.values())
+      as_it_is = all(source.dtype(name) == dtypes[name] for name in source.tensors)
+      if size <= _WHOLE_MODEL_BYTES and as_it_is:
+        stage.add(size)
+        return _loaded_logits(source.path, ids_BT)
+    model = self.rounded(dtypes, stage)
+    h_BTD = model.embed(ids_BT)
+    for layer in range(source.config.num_layers):
+      h_BTD = model.layer(h_BTD, layer)
+    return model.head(h_BTD)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+  """A model whose layers are computed one by one, each read when it is needed."""
+
+  source: Source
+  stack: "_Stack"
+  dtypes: Mapping[str, np.dtype]
+  stage: Stage
 
   def embed(self, ids_BT: np.ndarray) -> np.ndarray:
     return self._read("transformer.wte.weight")[ids_BT]
 
   def layer(self, h_BTD: np.ndarray, layer: int) -> np.ndarray:
-    names = [name for name, tensor in self._source.tensors.items() if tensor.layer == layer]
-    return self._stack.layer(h_BTD, {name: self._read(name) for name in names}, layer)
+    names = [name for name, tensor in self.source.tensors.items() if tensor.layer == layer]
+    return self.stack.layer(h_BTD, {name: self._read(name) for name in names}, layer)
 
   def head(self, h_BTD: np.ndarray) -> np.ndarray:
     norm = {part: self._read(f"transformer.ln_f.{part}") for part in ("weight", "bias")}
     name = "lm_head.weight"
-    rows = max(1, BLOCK_BYTES // (4 * self._source.config.d_model))
-    blocks = row_blocks(self._source.tensors[name], rows)
-    pieces = [self._stack.head(h_BTD, norm, self._read(name, *block)) for block in blocks]
+    rows = max(1, BLOCK_BYTES // (4 * self.source.config.d_model))
+    blocks = row_blocks(self.source.tensors[name], rows)
+    pieces = [self.stack.head(h_BTD, norm, self._read(name, *block)) for block in blocks]
     return np.concatenate(pieces, axis=-1)
 
   def _read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-    stop = self._source.tensors[name].shape[0] if stop is None else stop
-    values = cast(self._source.read(name, start, stop), self._dtypes[name], name)
+    stop = self.source.tensors[name].shape[0] if stop is None else stop
+    values = cast(self.source.read(name, start, stop), self.dtypes[name], name)
     values = values.astype(np.float32)
-    self._stage.add(values.nbytes)
+    self.stage.add(values.nbytes)
     return values
 
 

@@ -16,7 +16,6 @@ from mfjax.config import DataConfig, KernelConfig, MeshConfig
 from mfjax.data.prepare import PrepareOptions, prepare
 from mfjax.hf import export as export_module
 from mfjax.hf import layout, parity
-from mfjax.hf.directory import Directory
 from mfjax.hf.export import export
 from mfjax.hf.import_checkpoint import import_checkpoint
 from mfjax.hf.verify import DifferenceError
@@ -271,16 +270,16 @@ def test_a_wrong_byte_is_a_difference_and_leaves_nothing(mfjax, tmp_path, monkey
 
 def test_logits_that_differ_are_a_difference_and_leave_nothing(mfjax, tmp_path, monkeypatch):
   models.make_workdir(tmp_path / "w", models.IDENTITY)
-  logits = parity.logits
 
-  def wrong(source, *args):  # As if PyTorch's program were another one.
-    return logits(source, *args) * (1.001 if isinstance(source, Directory) else 1)
+  class Wrong(parity._JaxStack):  # As if PyTorch's program were another one.
+    def head(self, *args):
+      return super().head(*args) * 1.001
 
   monkeypatch.setattr(parity, "reason_to_skip", lambda a, b: "")
   monkeypatch.setattr(parity, "_TorchStack", lambda config, _: parity._JaxStack(config))
   monkeypatch.setattr(parity, "_WHOLE_MODEL_BYTES", 0)
   assert export(tmp_path / "w", tmp_path / "right").verdict.logits.max_difference == 0
-  monkeypatch.setattr(parity, "logits", wrong)
+  monkeypatch.setattr(parity, "_TorchStack", lambda config, _: Wrong(config))
   done = mfjax("export", "w", "out")
   assert done.code == 1
   assert "mfjax export: error: the export differs: " in done.err
