@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ _TELL_SECONDS = 5.0
 _HEARD_SECONDS = 2.0  # How long process 0, without which no one hears anything, waits to be heard.
 _REPORT_SECONDS = 3.0
 _POLL_SECONDS = 0.05  # Only while the job ends.
+_STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 _USAGE_ERRORS = (ValueError, NotImplementedError, OSError)
 
 
@@ -193,7 +195,8 @@ class ClusterSession(Session):
 
 
 def _code(error: BaseException) -> int:
-  lost = isinstance(error, (ConnectionError, TimeoutError))
+  """Return the exit code: whether starting again could help."""
+  lost = isinstance(error, (ConnectionError, TimeoutError)) or _may_be_anothers(error)
   is_users = isinstance(error, _USAGE_ERRORS) and not lost
   return exit_codes.USAGE if is_users else exit_codes.FAILED
 
@@ -201,7 +204,8 @@ def _code(error: BaseException) -> int:
 def _may_be_anothers(error: BaseException | None) -> bool:
   """Whether an error looks like what the loss of another process does to this one."""
   while error is not None:
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # Of a collective that lost its peer, XLA makes a ValueError.
+    if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
       return "RESOURCE_EXHAUSTED" not in str(error)
     error = error.__cause__
   return False

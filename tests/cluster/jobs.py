@@ -62,6 +62,18 @@ def make_config(data: pathlib.Path, *, steps: int, **sections: Any) -> RunConfig
   return RunConfig(**defaults | sections)
 
 
+_LAUNCHERS: list[subprocess.Popen[str]] = []
+
+
+def kill_all() -> None:
+  """Kill the jobs that a failed test left; their processes die with the launcher."""
+  while _LAUNCHERS:
+    launcher = _LAUNCHERS.pop()
+    if launcher.poll() is None:
+      launcher.kill()
+      launcher.communicate()
+
+
 @dataclasses.dataclass
 class Job:
   """A run in `workdir`; started again, it goes on."""
@@ -100,6 +112,7 @@ class Job:
       stderr=subprocess.PIPE,
       text=True,
     )  # fmt: skip
+    _LAUNCHERS.append(self.process)
     return self
 
   @property

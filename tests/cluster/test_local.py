@@ -15,12 +15,18 @@ import time
 import pytest
 
 from mfjax.config import CheckpointConfig, ClusterConfig, EvalConfig, MeshConfig
-from tests.cluster.jobs import Job, make_config, make_data
+from tests.cluster.jobs import Job, kill_all, make_config, make_data
 
 pytestmark = pytest.mark.cluster
 
 STEPS = 6
 LONG = 60  # Long enough to be hit in its middle.
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+  yield
+  kill_all()
 
 
 @pytest.fixture(scope="module")

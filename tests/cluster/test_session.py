@@ -127,6 +127,7 @@ def test_a_hang_shows_the_stacks_and_last_steps_of_both_and_ends_them_with_76():
     (RuntimeError("a bug"), 1),
     (ConnectionError("lost"), 1),
     (TimeoutError("late"), 1),
+    (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), 1),
   ],
 )
 def test_exit_codes(error, code):
@@ -139,6 +140,7 @@ def test_errors_of_the_runtime_may_be_anothers_fault():
     raise RuntimeError("the save failed") from lost
   except RuntimeError as error:
     assert session._may_be_anothers(error)
+  assert session._may_be_anothers(ValueError("UNKNOWN: Gloo all-reduce failed"))
   assert not session._may_be_anothers(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory"))
   assert not session._may_be_anothers(ValueError("a mistake"))
 
