@@ -153,6 +153,11 @@ class Job:
     """Wait until the metrics of a step are there."""
     self._await(lambda: any(record["step"] >= step for record in self.records()))
 
+  def await_checkpoint(self) -> None:
+    """Wait until there is one to go on from."""
+    directory = self.workdir / "checkpoints"
+    self._await(lambda: any(directory.glob("*/digests.json")))
+
   def await_start(self, number: int) -> None:
     """Wait until every process of the launcher's n-th start has found the others."""
 

@@ -149,7 +149,7 @@ def test_survivors_of_a_fault_end_with_the_reason_and_the_job_goes_on(
   jobs, tmp_path, rank, number, reasons
 ):
   job = jobs.make(tmp_path / "w").start()
-  job.await_step(8)
+  job.await_checkpoint()
   os.kill(job.pid(rank), number)
   began = time.monotonic()
   assert job.wait() not in (0, 2)
