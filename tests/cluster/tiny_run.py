@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -90,8 +91,11 @@ def _job(workdir: pathlib.Path) -> jobs.Job:
 
 
 def said(output: str) -> list[str]:
-  """Return what processes of WHO_AM_I said, by rank: SAID if all is well."""
-  return sorted(line for line in output.splitlines() if line.startswith("process "))
+  """Return what processes of WHO_AM_I said, by rank: SAID if all is well.
+
+  mpirun may join lines of several processes.
+  """
+  return sorted(re.findall(r"process \d+ of \d+ of a sum of \d+\.\d", output))
 
 
 def wait_until(
