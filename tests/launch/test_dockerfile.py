@@ -20,4 +20,6 @@ def test_the_image_gets_what_an_installation_needs():
   assert copied == {"pyproject.toml", *packages, *files, *constraints}
   named = set(re.findall(r"EXTRA=(\w+)", TEXT))
   assert named == {"tpu", "cuda"}
-  assert named <= set(project["project"]["optional-dependencies"])
+  [installed] = re.findall(r"\.\[\$EXTRA,(\w+)\]", TEXT)
+  assert installed == "gcs"  # Runs in a cloud read and write gs:// paths.
+  assert named | {installed} <= set(project["project"]["optional-dependencies"])
