@@ -25,7 +25,7 @@ class ModuleFormerConfig(PreTrainedConfig):
   """
 
   model_type = "moduleformer"
-  keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+  keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
   attribute_map: ClassVar[dict[str, str]] = {
     "hidden_size": "n_embd",
     "num_attention_heads": "n_head",

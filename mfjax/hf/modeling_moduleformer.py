@@ -12,7 +12,7 @@ sorted by expert, G sequences of one head (B*H).
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,6 +30,13 @@ from .configuration_moduleformer import ModuleFormerConfig
 _EPS = 1e-8  # Inside the marginal's logarithm, as published.
 _BLOCK_QUERIES = 256  # Queries whose scores are computed at once: at most so many,
 _BLOCK_BYTES = 64 << 20  # and so that their float32 scores take no more than this.
+
+# transformers 5.24 renamed `past_key_values` to `cache`, in outputs and in what `generate` passes.
+_CACHE = next(
+  field.name
+  for field in fields(MoeModelOutputWithPast)
+  if field.name in ("cache", "past_key_values")
+)
 
 
 # Stick-breaking attention -------------------------------------------------------------------------
@@ -347,14 +354,14 @@ class AttentionExperts(nn.Module):
       self.v_proj = nn.Linear(config.n_embd, config.att_hidden)
 
   def forward(
-    self, x: Tensor, is_token: Tensor | None, past_key_values: Cache | None, needs_aux_loss: bool
+    self, x: Tensor, is_token: Tensor | None, cache: Cache | None, needs_aux_loss: bool
   ) -> tuple[Tensor, Routing]:
     """Return [B, T, D] and the routing; `is_token` is bool [B, S] or None."""
     routing = self.q_proj.route(x, is_token, needs_aux_loss)
     groups = routing.groups
     q = groups.to_slots(self.q_proj.project_in(x, groups))
     q = q.unflatten(1, self.heads).unflatten(0, (*x.shape[:2], groups.top_k))
-    k, v = self._keys_and_values(x.to(q.dtype), past_key_values)
+    k, v = self._keys_and_values(x.to(q.dtype), cache)
     attended = stick_breaking_attention(q, k, v, is_token)
     rows = groups.from_slots(attended.flatten(3).flatten(0, 2))
     return self.q_proj.project_out(rows, routing).view_as(x), routing
@@ -403,9 +410,11 @@ class ModuleFormerBlock(GradientCheckpointingLayer):
     is_token: Tensor | None = None,
     past_key_values: Cache | None = None,
     needs_aux_loss: bool = False,
+    cache: Cache | None = None,
   ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
     """Return [B, T, D], and the router logits and auxiliary loss of both kinds of experts."""
-    y, attention = self.attn(self.ln_1(h), is_token, past_key_values, needs_aux_loss)
+    cache = _one_cache(cache, past_key_values)
+    y, attention = self.attn(self.ln_1(h), is_token, cache, needs_aux_loss)
     h = h + self.resid_dropout(y)
     y, ff = self.mlpf(self.ln_2(h), is_token, needs_aux_loss)
     loss = attention.aux_loss + ff.aux_loss if needs_aux_loss else None
@@ -420,7 +429,7 @@ class ModuleFormerPreTrainedModel(PreTrainedModel):
   supports_gradient_checkpointing = True
   _input_embed_layer = "wte"
   _no_split_modules: ClassVar = ["ModuleFormerBlock"]
-  _skip_keys_device_placement: ClassVar = ["past_key_values"]
+  _skip_keys_device_placement: ClassVar = ["cache", "past_key_values"]
   _keys_to_ignore_on_load_unexpected: ClassVar = [r"attn\.mask$", r"attn\.cum_weight$"]
 
   @torch.no_grad()
@@ -486,6 +495,7 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
     output_router_logits: bool | None = None,
     output_attentions: bool | None = None,
     needs_aux_loss: bool = False,
+    cache: Cache | None = None,
     **kwargs: Any,
   ) -> ModuleFormerOutput:
     """Run the stack.
@@ -493,7 +503,7 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
     Args:
       input_ids: [B, T], or inputs_embeds [B, T, D].
       attention_mask: [B, S], 0 for padding on either side; the T new positions are the last.
-      past_key_values: a cache that grows, such as DynamicCache.
+      cache, past_key_values: a cache that grows, such as DynamicCache, by either of its names.
       use_cache: by default what the config says, and False in training.
       needs_aux_loss: also return the auxiliary loss, over the tokens that are no padding.
       kwargs: position_ids and the like: there are no positions in this model.
@@ -502,34 +512,41 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
       raise ValueError("give either input_ids or inputs_embeds")
     if output_attentions:
       raise ValueError("output_attentions=True: attention weights are never kept; leave it off")
-    if isinstance(past_key_values, StaticCache):
+    cache = _one_cache(cache, past_key_values)
+    if isinstance(cache, StaticCache):
       raise ValueError("a StaticCache is not supported: use a DynamicCache, the default")
     config = self.config
     use_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
     if output_hidden_states is None:
       output_hidden_states = config.output_hidden_states
-    if use_cache and past_key_values is None:
-      past_key_values = DynamicCache()
+    if use_cache and cache is None:
+      cache = DynamicCache()
     h = self.drop(self.wte(input_ids) if inputs_embeds is None else inputs_embeds)
-    is_token = _is_token(attention_mask, past_key_values, h.shape[1])
+    is_token = _is_token(attention_mask, cache, h.shape[1])
     states: list[Tensor] = []
     router_logits: list[Tensor] = []
     losses: list[Any] = []
     for block in self.h:
       states += [h] if output_hidden_states else []
-      h, logits, loss = block(
-        h, is_token=is_token, past_key_values=past_key_values, needs_aux_loss=needs_aux_loss
-      )
+      # By its name in this version: gradient checkpointing takes it away by that.
+      options: dict[str, Any] = {_CACHE: cache, "needs_aux_loss": needs_aux_loss}
+      h, logits, loss = block(h, is_token=is_token, **options)
       router_logits += logits if output_router_logits else []
       losses.append(loss)
     h = self.ln_f(h)
     return ModuleFormerOutput(
       last_hidden_state=h,
-      past_key_values=past_key_values if use_cache else None,
       hidden_states=(*states, h) if output_hidden_states else None,
       router_logits=tuple(router_logits) if output_router_logits else None,
       aux_loss=sum(loss.to(h.device) for loss in losses) if needs_aux_loss else None,
+      **{_CACHE: cache if use_cache else None},
     )
+
+
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+  if cache is not None and past_key_values is not None:
+    raise ValueError("give either cache or past_key_values: they are two names of one argument")
+  return past_key_values if cache is None else cache
 
 
 def _is_token(attention_mask: Tensor | None, cache: Cache | None, length: int) -> Tensor | None:
@@ -565,6 +582,7 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
     use_cache: bool | None = None,
     output_router_logits: bool | None = None,
     logits_to_keep: int | Tensor = 0,
+    cache: Cache | None = None,
     **kwargs: Any,
   ) -> MoeCausalLMOutputWithPast:
     """Run the model; the other arguments are those of `ModuleFormerModel.forward`.
@@ -591,6 +609,7 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
       use_cache,
       output_router_logits=output_router_logits,
       needs_aux_loss=needs_aux_loss,
+      cache=cache,
       return_dict=True,
       **kwargs,
     )
@@ -606,9 +625,9 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
       loss=loss,
       aux_loss=outputs.aux_loss,
       logits=logits,
-      past_key_values=outputs.past_key_values,
       hidden_states=outputs.hidden_states,
       router_logits=outputs.router_logits,
+      **{_CACHE: getattr(outputs, _CACHE)},
     )
 
 

@@ -149,6 +149,20 @@ def test_cached_chunks_equal_the_whole(name, chunks):
   assert_close(torch.cat(logits, 1), expected["logits"])
 
 
+def test_the_cache_has_two_names():
+  model, ids = load("multihead"), recorded("multihead")["input_ids"]
+  last = []
+  for name in ("cache", "past_key_values"):
+    cache = transformers.DynamicCache()
+    for part in ids.split((30, 7), dim=1):
+      out = model(part, **{name: cache}, use_cache=True)
+    last.append(out.logits)
+  assert torch.equal(*last)
+  assert cache.get_seq_length() == 37
+  with pytest.raises(ValueError, match="give either cache or past_key_values"):
+    model(ids, cache=cache, past_key_values=cache)
+
+
 def test_identical_keys_and_values_are_cached_once():
   expected = recorded("molm_like")
   layers = load("molm_like")(expected["input_ids"]).past_key_values.layers
