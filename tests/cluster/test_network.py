@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mfjax.config import ClusterConfig, MeshConfig
+from mfjax.config import MeshConfig
 from tests.cluster import jobs, network_lab
 
 MISSING = network_lab.missing()
@@ -26,9 +26,7 @@ class Run:
   """A run of four hosts; started again, it goes on."""
 
   def __init__(self, hosts, directory, data):
-    config = jobs.make_config(
-      data, steps=STEPS, mesh=MeshConfig(), cluster=ClusterConfig(heartbeat_timeout=15)
-    )
+    config = jobs.make_config(data, steps=STEPS, mesh=MeshConfig())
     self.hosts, self.workdir, self.file = hosts, directory / "w", directory / "run.py"
     self.directory, self.starts = directory, 0
     self.file.write_text(
