@@ -88,6 +88,7 @@ def cluster() -> Iterator[dict[str, str]]:
     daemons.append(_start(environment, "slurmctld", "-D", "-c"))
     daemons += [_start(environment, "slurmd", "-D", "-N", node) for node in nodes]
     _await_nodes(environment, directory)
+    ending.callback(_end_jobs, environment)
     yield environment
 
 
@@ -154,6 +155,18 @@ def _await_nodes(environment: dict[str, str], directory: pathlib.Path) -> None:
       return
     time.sleep(0.5)
   raise AssertionError(f"Slurm did not start: {seen} {(directory / 'slurmctld.log').read_text()}")
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+  """End what a failed test left behind: without the daemons it would live on."""
+  deadline = time.monotonic() + 30
+  squeue = ["squeue", "--noheader", "--format=%A"]
+  while time.monotonic() < deadline:
+    left = subprocess.run(squeue, env=environment, capture_output=True, text=True).stdout.split()
+    if not left:
+      return
+    subprocess.run(["scancel", *left], env=environment, stderr=subprocess.DEVNULL)
+    time.sleep(1)
 
 
 def _stop(daemons: list[subprocess.Popen[bytes]]) -> None:
