@@ -1,5 +1,6 @@
 """A run of four processes that takes seconds, for starts that are not `mfjax launch local`."""
 
+import atexit
 import functools
 import os
 import pathlib
@@ -22,7 +23,9 @@ SAID = [f"process {rank} of {PROCESSES} of a sum of 10.0" for rank in range(PROC
 
 @functools.cache
 def _directory() -> pathlib.Path:
-  return pathlib.Path(tempfile.mkdtemp(prefix="mfjax-run-"))
+  made = tempfile.mkdtemp(prefix="mfjax-run-")
+  atexit.register(shutil.rmtree, made, ignore_errors=True)
+  return pathlib.Path(made)
 
 
 @functools.cache
