@@ -94,7 +94,7 @@ def roofline(
   histogram = histogram or routing.balanced(config.model)
   tokens = config.data.batch_rows * config.data.sequence_length // num_devices
   kinds = {name: _kind(config, axis_sizes, name, histogram) for name in metrics.ROUTER_KINDS}
-  ici, dcn = communication(sent, facts, _mean_rounds(config, axis_sizes, histogram))
+  ici, dcn = communication(sent, facts, _extra_rounds(config, axis_sizes, histogram))
   flops = metrics.flops_per_token(config.model, config.data.sequence_length)
   return Roofline(
     compute=tokens * _flops(config, kinds) / facts.bf16_flops,
@@ -180,14 +180,18 @@ def _kind(
   )
 
 
-def _mean_rounds(
+def _extra_rounds(
   config: RunConfig, axis_sizes: dict[str, int], histogram: routing.Histogram
 ) -> float:
-  """Return the exchange's rounds beyond the first, per layer, over the kinds that exchange."""
-  placements = (config.mesh.attention_placement, config.mesh.ff_placement)
+  """Return the exchange's rounds beyond its chunks, per layer, over the kinds that exchange."""
+  mesh = config.mesh
   extra = [
-    routing.rounds(histogram[name], axis_sizes["expert"], config.mesh.exchange_buffer) - 1
-    for name, placement in zip(metrics.ROUTER_KINDS, placements, strict=True)
+    routing.extra_rounds(
+      histogram[name], axis_sizes["expert"], mesh.exchange_buffer, mesh.exchange_chunks
+    )
+    for name, placement in zip(
+      metrics.ROUTER_KINDS, (mesh.attention_placement, mesh.ff_placement), strict=True
+    )
     if placement is Placement.EXPERT
   ]
   return sum(extra) / len(extra) if extra else 0.0

@@ -84,8 +84,12 @@ def computed_rows(shares: np.ndarray, slots: int, peers: int, alignment: int) ->
   return float(by_peer.max(1).mean()) / slots
 
 
-def rounds(shares: np.ndarray, peers: int, buffer: float) -> float:
-  """Return the exchange's rounds per layer on average: buffers hold `buffer` times balanced."""
+def extra_rounds(shares: np.ndarray, peers: int, buffer: float, chunks: int) -> float:
+  """Return how many rounds an exchange adds to its `chunks` per layer, on average.
+
+  A round's buffers hold 1/chunks of `buffer` times the balanced load.
+  """
   by_peer = shares.reshape(len(shares), peers, -1).sum(2)
   fullest = by_peer.max(1) * peers
-  return float(np.mean([math.ceil(round(load / buffer, 9)) or 1 for load in fullest]))
+  needed = [math.ceil(round(load * chunks / buffer, 9)) for load in fullest]
+  return float(np.mean([max(0, count - chunks) for count in needed]))

@@ -16,6 +16,7 @@ from mfjax.collectives import Collective, bytes_sent
 from mfjax.config import DType, Placement, Remat, RunConfig
 from mfjax.devices import DeviceFacts
 
+_FLOAT32_BYTES = 4
 _CHEAPEST_FIRST = (Remat.NONE, Remat.SELECTIVE, Remat.FULL)
 
 
@@ -47,7 +48,7 @@ def candidates(
   Mesh axes are divisors of a slice, microbatches powers of two. The batch stays what it is.
 
   Args:
-    config: resolved for the machine's platform. facts: of one device.
+    config: with its kernels resolved. facts: of one device.
     num_devices, num_slices: of the machine. longest: chips along the longest dimension of a slice.
   """
   found = [
@@ -91,18 +92,16 @@ def _changed(config: RunConfig, sizes: dict[str, int], count: int, remat: Remat)
 def _estimate(
   config: RunConfig, sizes: dict[str, int], facts: DeviceFacts, num_slices: int, longest: int
 ) -> Candidate | None:
-  placed = placement.resolve(config, sizes, facts.platform, facts.kinds[0])
-  config = dataclasses.replace(config, mesh=placed)
+  mesh = placement.resolve(config, sizes, facts.platform, facts.kinds[0])
+  placed = dataclasses.replace(config, mesh=mesh)
   try:
-    sharding.check_divisible(
-      config.model, config.mesh, config.data, config.train.microbatches, sizes
-    )
+    sharding.check_divisible(placed.model, mesh, placed.data, placed.train.microbatches, sizes)
   except ValueError:
     return None
-  sent = reckoned_collectives(config, sizes, num_slices, longest)
-  bounds = roofline.roofline(config, math.prod(sizes.values()), sizes, facts, sent)
+  sent = reckoned_collectives(placed, sizes, num_slices, longest)
+  bounds = roofline.roofline(placed, math.prod(sizes.values()), sizes, facts, sent)
   return Candidate(
-    config=config, axis_sizes=sizes, memory_bytes=memory(config, sizes), seconds=bounds.at_least
+    config=config, axis_sizes=sizes, memory_bytes=memory(placed, sizes), seconds=bounds.at_least
   )
 
 
@@ -119,44 +118,40 @@ def reckoned_collectives(
 
   Compilers do more and less: they may sum whole gradients where a part would do.
   """
-  shape, train = config.model, config.train
-  width = jnp.dtype(shape.compute_dtype.value).itemsize
-  layers, micro = shape.num_layers, train.microbatches
+  shape, micro = config.model, config.train.microbatches
+  whole = math.prod(sizes[axis] for axis in sharding.WEIGHT_AXES)
   found = []
 
-  def add(kind: str, times: int, operand: float, group: int, slices: int = 1) -> None:
-    if group > 1 and operand:
-      ici, dcn = bytes_sent(kind, int(operand), group, slices)
-      inner = group // slices
-      found.append(
-        Collective(
-          kind=kind,
-          count=times,
-          dynamic=False,
-          operand_bytes=int(operand),
-          group_size=group,
-          slices=slices,
-          ici_bytes=ici,
-          dcn_bytes=dcn,
-          dimensions=0 if inner == 1 else 1 if inner <= longest else 2,
-          source="",
-        )
+  def add(kind: str, times: int, operand: int, group: int, slices: int = 1) -> None:
+    inner = group // slices
+    ici, dcn = bytes_sent(kind, operand, group, slices)
+    found.append(
+      Collective(
+        kind=kind,
+        count=times,
+        dynamic=False,
+        operand_bytes=operand,
+        group_size=group,
+        slices=slices,
+        ici_bytes=ici,
+        dcn_bytes=dcn,
+        dimensions=0 if inner == 1 else 1 if inner <= longest else 2,
+        source="",
       )
+    )
 
-  whole = sizes["fsdp"] * sizes["expert"]
-  own = 0.0  # Elements of the parameters on a device.
   for kind in communication.expert_kinds(shape, config.mesh):
-    own += layers * 2 * kind.num_experts * shape.d_model * kind.inner / whole
-    for t in placement.transfers_of(config, kind, sizes):
-      operand: float = t.buffer_bytes
-      if t.collective is communication.Collective.RAGGED_ALL_TO_ALL:
-        operand = t.sent_bytes * t.peers / (t.peers - 1)  # Not all of the buffer travels.
-      add(t.collective.value, micro * layers, operand, t.peers)
+    for transfer in placement.transfers_of(config, kind, sizes):
+      times = micro * shape.num_layers
+      add(transfer.collective.value, times, transfer.buffer_bytes, transfer.peers)
   head = shape.padded_vocab_size * shape.d_model
-  add("all-gather", 2 * micro, head / whole * width, whole)
-  add("reduce-scatter", 2 * micro, head * 4, whole)
-  own += 2 * head / whole
-  add("all-reduce", micro, own * 4, sizes["data"], num_slices)
+  if whole > 1:  # lm_head and the embedding.
+    width = jnp.dtype(shape.compute_dtype.value).itemsize
+    add("all-gather", 2 * micro, head * width // whole, whole)
+    add("reduce-scatter", 2 * micro, head * _FLOAT32_BYTES, whole)
+  if sizes["data"] > 1:
+    own = sum(p.elements_per_device for p in describe.parameters(config, sizes))
+    add("all-reduce", micro, own * _FLOAT32_BYTES, sizes["data"], num_slices)
   return found
 
 

@@ -26,8 +26,14 @@ FACTS = DeviceFacts(
 SIZES = {"data": 2, "fsdp": 1, "expert": 4}
 
 
-def _config(**mesh):
-  config = tiny.run_config(mesh=tiny.mesh(**SIZES, **mesh), train=TrainConfig(steps=20))
+def _config(placement=Placement.EXPERT, exchange_chunks=1):
+  mesh = tiny.mesh(
+    **SIZES,
+    attention_placement=placement,
+    ff_placement=placement,
+    exchange_chunks=exchange_chunks,
+  )
+  config = tiny.run_config(mesh=mesh, train=TrainConfig(steps=20))
   kernels = dataclasses.replace(config.kernels, grouped_matmul=Implementation.REFERENCE)
   train = dataclasses.replace(config.train, remat=Remat.NONE)
   return dataclasses.replace(config, kernels=kernels, train=train)
@@ -112,7 +118,7 @@ def test_skew_slows_the_fullest_device_of_an_exchange_and_adds_its_rounds():
 
 
 def test_skew_costs_nothing_where_each_device_has_all_experts():
-  config = _config(attention_placement=Placement.FSDP, ff_placement=Placement.FSDP)
+  config = _config(Placement.FSDP)
   even = roofline.roofline(config, 8, SIZES, FACTS, [])
   skewed = roofline.roofline(config, 8, SIZES, FACTS, [], _skewed(config, "ff"))
   assert skewed.compute == pytest.approx(even.compute)
@@ -126,10 +132,22 @@ def test_tiles_are_computed_whole():
   assert routing.computed_rows(shares, 100, 2, 1) == 1.5
 
 
-@pytest.mark.parametrize(("fullest", "wanted"), [(0.25, 1), (0.375, 1), (0.376, 2), (1.0, 3)])
-def test_rounds_of_buffers_of_one_and_a_half(fullest, wanted):
+@pytest.mark.parametrize(
+  ("fullest", "chunks", "extra"),
+  [
+    (0.25, 1, 0),
+    (0.375, 1, 0),
+    (0.376, 1, 1),
+    (1.0, 1, 2),
+    (0.375, 2, 0),
+    (0.376, 2, 1),
+    (1, 2, 4),
+  ],
+)
+def test_rounds_of_buffers_of_one_and_a_half(fullest, chunks, extra):
   rest = (1 - fullest) / 3
-  assert routing.rounds(np.array([[fullest, rest, rest, rest]]), 4, 1.5) == wanted
+  shares = np.array([[fullest, rest, rest, rest]])
+  assert routing.extra_rounds(shares, 4, 1.5, chunks) == extra
 
 
 def _counts(config):

@@ -202,17 +202,6 @@ def test_a_mesh_that_does_not_fit_the_target(tmp_path, flags, code, text):
   assert text in done.stderr
 
 
-@needs_libtpu
-def test_what_does_not_fit_says_what_to_change(tmp_path):
-  # One row of a batch is a device's; logits of 64 Ki tokens at once are 16 GiB and more.
-  flags = ("--config.data.sequence_length=65536", "--config.loss.chunk_tokens=65536")
-  small = ("--config.model.vocab_size=60000", "--config.kernels.stick_breaking=pallas_tpu")
-  done = _compile(tmp_path, "--target=v5e:2x2", "--noevaluation", *flags, *small)
-  assert (done.returncode, done.stderr) == (3, "")
-  assert "does not fit: " in done.stdout
-  assert "--config.loss.chunk_tokens=16384 saves about" in done.stdout
-
-
 @pytest.mark.target
 @pytest.mark.skipif(
   importlib.util.find_spec("jax_cuda13_plugin") is None,
