@@ -13,7 +13,7 @@ from tests.cluster.jobs import Job, make_config, make_data
 from tests.cluster.test_local import AFTER_BATCH_6
 from tests.test_storage import bucket  # noqa: F401 - a fixture.
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 def test_four_processes_train_to_a_bucket_and_resume_from_it(bucket, tmp_path):  # noqa: F811

@@ -74,6 +74,7 @@ def test_the_checks_before_the_first_step_take_less_than_a_second(tmp_path):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_launcher_takes_less_than_a_second(tmp_path):
   def measure(*command):
     before = os.times()

@@ -49,7 +49,9 @@ def one_process(config, cache, tmp_path_factory):
   return Job(config, tmp_path_factory.mktemp("one") / "w", cache, 1, 8).run()
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(4, 2), (2, 4), (8, 1)])
+@pytest.mark.parametrize(
+  ("processes", "devices"), [(4, 2), (2, 4), pytest.param(8, 1, marks=pytest.mark.slow)]
+)
 def test_losses_are_those_of_one_process(one_process, config, cache, tmp_path, processes, devices):
   job = Job(config, tmp_path / "w", cache, processes, devices).run()
   for mine, theirs in zip(job.losses(), one_process.losses(), strict=True):
@@ -64,6 +66,7 @@ def test_losses_are_those_of_one_process(one_process, config, cache, tmp_path, p
   assert "step" not in job.log(1).replace("steps", "")
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bitwise_the_same(
   data, cache, tmp_path
 ):
@@ -161,6 +164,7 @@ def test_survivors_of_a_fault_end_with_the_reason_and_the_job_goes_on(
   assert job.losses() == jobs.undisturbed
 
 
+@pytest.mark.slow
 def test_a_job_killed_at_random_moments_is_restarted_until_it_is_done(jobs, tmp_path):
   chance, kills = random.Random(0), 4
   checkpoints = CheckpointConfig(every=2)

@@ -110,7 +110,11 @@ def undisturbed(hosts, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  ("break_off", "mend"), [("cut", "heal"), ("drop", "undrop")], ids=["cut link", "dropped packets"]
+  ("break_off", "mend"),
+  [
+    pytest.param("cut", "heal", id="cut link", marks=pytest.mark.slow),
+    pytest.param("drop", "undrop", id="dropped packets"),
+  ],
 )
 def test_a_lost_network_ends_all_hosts_with_the_reason(
   undisturbed, hosts, data, tmp_path, break_off, mend

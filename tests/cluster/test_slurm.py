@@ -185,6 +185,7 @@ def test_ranks_of_a_job_find_each_other(lab, tmp_path):
 
 @pytest.mark.cluster
 @real
+@pytest.mark.slow
 def test_a_preempted_run_is_requeued_and_ends_with_the_losses_of_an_undisturbed_one(lab, tmp_path):
   undisturbed = tiny_run.undisturbed()
   workdir, logs = tmp_path / "run", tmp_path / "logs"
