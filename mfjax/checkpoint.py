@@ -60,11 +60,14 @@ class _CorruptStepError(Exception):
 
 
 class CheckpointSaveError(Exception):
-  """A step could not be saved, for this `reason`; earlier steps are as they were."""
+  """A step could not be saved, for this `reason`; earlier steps are as they were.
 
-  def __init__(self, message: str, reason: str = "") -> None:
+  `is_of_system`: the reason is the operating system's, such as a full disk.
+  """
+
+  def __init__(self, message: str, reason: str = "", *, is_of_system: bool = False) -> None:
     super().__init__(message)
-    self.reason = reason
+    self.reason, self.is_of_system = reason, is_of_system
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -356,6 +359,7 @@ class Checkpointer:
       f"step {step} could not be saved in {self._directory}: {reason} (it takes about "
       f"{num_bytes:,} bytes{free_text}); earlier checkpoints are intact",
       reason,
+      is_of_system=bool(_system_reason(error)),
     )
 
   def _delete_partial(self) -> None:
@@ -596,13 +600,16 @@ def _all_gather(text: str) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-  """Return the system's words for an error if it is one (TensorStore's hides it), or its own."""
+  """Return the system's words for an error if it is one, or its own."""
+  return _system_reason(error) or f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _system_reason(error: BaseException) -> str:
+  """Return the system's words for an error of its own, which TensorStore's may hide, or nothing."""
   if isinstance(error, OSError) and error.errno:
     return os.strerror(error.errno)
-  message = str(error)
-  if match := re.search(r"os_error_code='(\d+)'", message):
-    return os.strerror(int(match[1]))
-  return f"{type(error).__name__}: {message.partition(chr(10))[0]}"
+  match = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(match[1])) if match else ""
 
 
 def _remove(directory: epath.Path) -> None:

@@ -202,7 +202,7 @@ def _save(
     checkpointer.save(0, state, {}, force=True, prove=lambda: verdicts.append(prove()))
     checkpointer.wait()
   except CheckpointSaveError as error:
-    if isinstance(error.__cause__, ValueError | DifferenceError):
+    if isinstance(error.__cause__, ValueError | DifferenceError) and not error.is_of_system:
       raise error.__cause__ from error
     raise ValueError(f"{out} could not be written: {error.reason}") from error
   except BaseException:  # Ctrl-C: or else the writing would go on to its end first.

@@ -246,6 +246,16 @@ def test_only_blocks_are_held(tmp_path, monkeypatch):
   assert max(sizes) <= 64 * 96 * 4  # One expert; a layer has 16 of them.
 
 
+def test_a_full_disk_is_one_sentence_wherever_it_is_met(tmp_path, monkeypatch):
+  def fail(*_):  # As TensorStore says it when it opens an array.
+    raise ValueError("RESOURCE_EXHAUSTED: Error opening ... [os_error_code='28'] ...")
+
+  monkeypatch.setattr(stored_arrays, "_create", fail)
+  with pytest.raises(ValueError, match=r"w could not be written: No space left on device$"):
+    import_checkpoint(models.GOLDEN / "multihead", tmp_path / "w")
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_a_wrong_value_is_a_difference_and_leaves_nothing(mfjax, tmp_path, monkeypatch):
   write = stored_arrays._write_block
 

@@ -14,7 +14,6 @@ torch = pytest.importorskip("torch", reason="needs the hf extra")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 
 load_file = importlib.import_module("safetensors.torch").load_file
-dynamic_module_utils = importlib.import_module("transformers.dynamic_module_utils")
 configuration_moduleformer = importlib.import_module("mfjax.hf.configuration_moduleformer")
 modeling_moduleformer = importlib.import_module("mfjax.hf.modeling_moduleformer")
 AutoModelForCausalLM = transformers.AutoModelForCausalLM
@@ -45,20 +44,17 @@ def no_network():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-  """Return {case: a directory as `mfjax export` writes it}; transformers' module cache is ours."""
-  with pytest.MonkeyPatch.context() as patch:
-    cache = str(tmp_path_factory.mktemp("modules"))
-    patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
-    directories = {}
-    for case in CASES:
-      directories[case] = directory = tmp_path_factory.mktemp(case)
-      for module in (configuration_moduleformer, modeling_moduleformer):
-        shutil.copy(module.__file__, directory)
-      shutil.copy(GOLDEN / case / "model.safetensors", directory)
-      config = json.loads((GOLDEN / case / "config.json").read_text())
-      config |= {"auto_map": AUTO_MAP, **TOKENS}
-      (directory / "config.json").write_text(json.dumps(config))
-    yield directories
+  """Return {case: a directory as `mfjax export` writes it}."""
+  directories = {}
+  for case in CASES:
+    directories[case] = directory = tmp_path_factory.mktemp(case)
+    for module in (configuration_moduleformer, modeling_moduleformer):
+      shutil.copy(module.__file__, directory)
+    shutil.copy(GOLDEN / case / "model.safetensors", directory)
+    config = json.loads((GOLDEN / case / "config.json").read_text())
+    config |= {"auto_map": AUTO_MAP, **TOKENS}
+    (directory / "config.json").write_text(json.dumps(config))
+  return directories
 
 
 @pytest.fixture(params=CASES)
