@@ -49,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except KeyboardInterrupt:  # While libraries are imported, too: that takes seconds.
-    return _fail("mfjax", "interrupted", code=_INTERRUPTED)
+    code = _fail("mfjax", "interrupted", code=_INTERRUPTED)
+    if argv is None:  # At once: Python's own end can crash while XLA's threads compute.
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
   return code
 
 

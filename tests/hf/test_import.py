@@ -14,7 +14,7 @@ import tensorstore
 
 from mfjax import model, sharding, stored_arrays, train_step, workdir
 from mfjax.checkpoint import Checkpointer
-from mfjax.config import DType, KernelConfig, MeshConfig, RunConfig
+from mfjax.config import DType, KernelConfig, MeshConfig, Placement, RunConfig
 from mfjax.hf import layout, pickled
 from mfjax.hf import safetensors as own
 from mfjax.hf.export import export
@@ -120,7 +120,8 @@ def test_chunks_fit_the_mesh(num_devices, tmp_path):
 
 
 def test_a_mesh_that_does_not_divide_is_refused(tmp_path):
-  config = RunConfig(model=models.IDENTITY, mesh=MeshConfig(expert=3))
+  exchanged = {"attention_placement": Placement.EXPERT, "ff_placement": Placement.EXPERT}
+  config = RunConfig(model=models.IDENTITY, mesh=MeshConfig(expert=3, **exchanged))
   models.make_workdir(tmp_path / "a", models.IDENTITY)
   export(tmp_path / "a", tmp_path / "out", num_tokens=0)
   with pytest.raises(ValueError, match="a size of 4 is not divisible by the mesh's expert=3"):
