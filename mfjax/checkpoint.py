@@ -35,18 +35,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mfjax import digests, workdir
+from mfjax import digests, step_format, workdir
 from mfjax.config import CheckpointConfig, RunConfig
+from mfjax.step_format import ARRAY_ITEMS, RUN_FILE, RUN_ITEM
 from mfjax.storage import is_remote
-from mfjax.stored_arrays import CHUNK_BYTES, BlockArray, BlockArrayHandler, StoredArray, open_array
+from mfjax.stored_arrays import BlockArrayHandler, StoredArray, open_array
 
 _LOG = logging.getLogger(__name__)
 
-_ARRAY_ITEMS = ("params", "optimizer")
-_RUN_ITEM = "run"
-_RUN_FILE = "run.json"
-_STACKED = "blocks"  # The sub-tree whose leaves lead with the layers dimension.
-_CHUNK_BYTES = CHUNK_BYTES
 _PARTIAL = ocp.utils.TMP_DIR_SUFFIX
 _REPLACED = ".replaced"
 _BARRIER_SECONDS = 600  # A process that waits this long for the others' digests gives up.
@@ -108,7 +104,7 @@ class Checkpointer:
     self._run_config = run_config
     self._blocks = BlockArrayHandler(_WRITING_THREADS)
     self._orbax = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(handler_registry=_handlers(self._blocks))
+      ocp.CompositeCheckpointHandler(handler_registry=step_format.handlers(self._blocks))
     )
     self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._pending: concurrent.futures.Future[int] | None = None
@@ -154,13 +150,14 @@ class Checkpointer:
       return False
     begin = time.perf_counter()
     self.wait()
-    arrays = {name: state[name] for name in _ARRAY_ITEMS if name in state}
-    scalars = {k: jax.device_get(v).item() for k, v in state.items() if k not in _ARRAY_ITEMS}
+    arrays = {name: state[name] for name in ARRAY_ITEMS if name in state}
+    scalars = {k: jax.device_get(v).item() for k, v in state.items() if k not in ARRAY_ITEMS}
     items: dict[str, Any] = {
-      name: ocp.args.PyTreeSave(tree, save_args=_storage(tree)) for name, tree in arrays.items()
+      name: ocp.args.PyTreeSave(tree, save_args=step_format.storage_args(tree))
+      for name, tree in arrays.items()
     }
-    items[_RUN_ITEM] = ocp.args.JsonSave(
-      _run_record(self._run_config, step, arrays, scalars, data_state)
+    items[RUN_ITEM] = ocp.args.JsonSave(
+      step_format.run_record(self._run_config, step, arrays, scalars, data_state)
     )
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
     self._blocks.error = None
@@ -216,20 +213,20 @@ class Checkpointer:
       ValueError: steps exist but none is usable, or the good one does not fit `abstract_state` or
         drew from another random generator.
     """
-    found = self._read({name: abstract_state[name] for name in _ARRAY_ITEMS}, step)
+    found = self._read({name: abstract_state[name] for name in ARRAY_ITEMS}, step)
     if found is None:
       return None
     trees, run = found
-    drew, draws = run["rng"]["implementation"], _rng_implementation()
+    drew, draws = run["rng"]["implementation"], step_format.rng_implementation()
     if drew != draws:
       raise ValueError(
         f"step {run['step']} in {self._directory} drew random numbers from {drew} and this run "
         f"draws from {draws}: set JAX_DEFAULT_PRNG_IMPL as it was"
       )
     scalars = {
-      name: _place(run["state"][name], abstract)
+      name: step_format.place(run["state"][name], abstract)
       for name, abstract in abstract_state.items()
-      if name not in _ARRAY_ITEMS
+      if name not in ARRAY_ITEMS
     }
     self._newest = run["step"]
     return Restored(step=run["step"], state=trees | scalars, data_state=run["data_state"])
@@ -266,7 +263,7 @@ class Checkpointer:
       if not has_digests:
         self._warn_unverified(candidate)
         return use(self.open_step(candidate), lambda: None)
-      with contextlib.closing(digests.Check(self._path(candidate), ("params", _RUN_ITEM))) as check:
+      with contextlib.closing(digests.Check(self._path(candidate), ("params", RUN_ITEM))) as check:
 
         def confirm(step: int = candidate, check: digests.Check = check) -> None:
           if problems := check.problems():
@@ -441,7 +438,7 @@ class Checkpointer:
       if not has_digests:
         self._warn_unverified(step)
         yield step, False
-      elif problems := self._find_problems(step, (*items, _RUN_ITEM)):
+      elif problems := self._find_problems(step, (*items, RUN_ITEM)):
         rejected.append(self._corruption(step, problems))
         _LOG.warning("%s: passed over", rejected[-1])
       else:
@@ -480,14 +477,16 @@ class Checkpointer:
     run = self._read_run(step)
     stored = {name: tree for name, tree in abstract.items() if name in run["layout"]}
     for name, tree in stored.items():
-      _check_layout(name, run["layout"][name], _layout(tree))
+      step_format.check_layout(name, run["layout"][name], step_format.layout_of(tree))
     items = {
       name: ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
       for name, tree in stored.items()
     }
     read = dict(self._orbax.restore(self._path(step), args=ocp.args.Composite(**items)))
     # A step to begin from holds parameters alone; an optimizer's state begins with zeros.
-    read |= {k: jax.tree.map(_zeros, tree) for k, tree in abstract.items() if k not in stored}
+    read |= {
+      k: jax.tree.map(step_format.zeros, tree) for k, tree in abstract.items() if k not in stored
+    }
     then, now = run["versions"], workdir.versions()
     changed = [f"{k} {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]]
     if changed:
@@ -495,96 +494,7 @@ class Checkpointer:
     return {name: read[name] for name in abstract}, run
 
   def _read_run(self, step: int) -> dict[str, Any]:
-    return json.loads((self._path(step) / _RUN_ITEM / _RUN_FILE).read_text())
-
-
-def _handlers(blocks: BlockArrayHandler) -> ocp.CheckpointHandlerRegistry:
-  """Return who writes and reads each item of a step."""
-  # Replicas share the writing by slicing on their devices, one compilation per shape and device
-  # (2 s for three small arrays on eight devices): worth it for large arrays, on several hosts.
-  arrays = ocp.type_handlers.ArrayHandler(
-    use_replica_parallel=jax.process_count() > 1,
-    min_slice_bytes_for_replica_parallel=_CHUNK_BYTES // 2,
-  )
-  # The last one of equal type names is the one that reads.
-  types = ocp.type_handlers.create_type_handler_registry((BlockArray, blocks), (jax.Array, arrays))
-  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  for name in _ARRAY_ITEMS:
-    # Trained weights do not compress; trying takes longer than writing them.
-    handler = ocp.PyTreeCheckpointHandler(
-      use_zarr3=True, use_compression=False, type_handler_registry=types
-    )
-    registry.add(name, ocp.args.PyTreeSave, handler)
-    registry.add(name, ocp.args.PyTreeRestore, handler)
-  handler = ocp.JsonCheckpointHandler(_RUN_FILE)
-  registry.add(_RUN_ITEM, ocp.args.JsonSave, handler)
-  registry.add(_RUN_ITEM, ocp.args.JsonRestore, handler)
-  return registry
-
-
-def _storage(tree: Any) -> Any:
-  """Return how to chunk each leaf: at most 32 MiB, and never two layers in one chunk.
-
-  Orbax's default is one chunk per device and array, so that reading one layer reads them all.
-  """
-
-  def chunks(path: Any, _: Any) -> ocp.SaveArgs:
-    stacked = any(getattr(key, "key", None) == _STACKED for key in path)
-    # `shard_axes` cuts these axes down to 1 before any other is cut.
-    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ())
-
-  return jax.tree.map_with_path(chunks, tree)
-
-
-def _run_record(
-  run_config: RunConfig,
-  step: int,
-  arrays: Mapping[str, Any],
-  scalars: Mapping[str, Any],
-  data_state: dict[str, Any],
-) -> dict[str, Any]:
-  return {
-    "step": step,
-    "state": scalars,
-    "data_state": data_state,
-    "layout": {name: _layout(tree) for name, tree in arrays.items()},
-    # Step n draws from fold_in(key(seed), n): nothing else is needed.
-    "rng": {
-      "seed": run_config.train.seed,
-      "implementation": _rng_implementation(),
-    },
-    "config": run_config.to_dict(),
-    "versions": workdir.versions(),
-  }
-
-
-def _rng_implementation() -> str:
-  # Not of `jax.random.key` itself, whose result is cached over a change of the default.
-  return str(jax.eval_shape(lambda: jax.random.key(0)).dtype)
-
-
-def _layout(tree: Any) -> dict[str, str]:
-  """Return {"['blocks']['experts']": "float32[3,8]", ...}."""
-  leaves = jax.tree.leaves_with_path(tree)
-  return {jax.tree_util.keystr(k): f"{x.dtype}{list(x.shape)}".replace(" ", "") for k, x in leaves}
-
-
-def _check_layout(name: str, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-  """Raise ValueError if arrays differ in name, shape or dtype: Orbax would cast, or fail midway."""
-  for key in sorted(saved.keys() | wanted.keys()):
-    there, here = saved.get(key, "absent"), wanted.get(key, "absent")
-    if there != here:
-      raise ValueError(f"{name}{key} is {there} there and {here} here")
-
-
-def _zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
-  shard = np.zeros(abstract.sharding.shard_shape(abstract.shape), abstract.dtype)
-  return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda _: shard)
-
-
-def _place(value: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-  array = np.asarray(value, abstract.dtype)
-  return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: array[index])
+    return json.loads((self._path(step) / RUN_ITEM / RUN_FILE).read_text())
 
 
 def _all_gather(text: str) -> list[str]:

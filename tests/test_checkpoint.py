@@ -22,7 +22,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from mfjax import checkpoint, digests
+from mfjax import checkpoint, digests, step_format
 from mfjax.config import CheckpointConfig, RunConfig
 
 MESHES = [(2, 2, 2), (1, 4, 1), (8, 1, 1), None]  # None: a single device without a mesh.
@@ -144,7 +144,7 @@ def test_restores_bitwise_on_any_mesh(open_checkpointer, mesh_shape):
 
 
 def test_no_chunk_spans_two_layers(open_checkpointer, tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 2**20)
+  monkeypatch.setattr(step_format, "CHUNK_BYTES", 2**20)
   state = make_state(1, (2, 2, 2))
   big = jax.device_put(np.ones((1024, 1024), np.float32), sharding((2, 2, 2), P()))
   state["params"] |= {"big": big}

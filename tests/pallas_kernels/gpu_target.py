@@ -13,46 +13,9 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 151397597184
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024
-  thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation"
-  platform_version: "Compute Capability 9.0a"
-  device_address_bits: 64
-  ecc_enabled: true
-  name: "NVIDIA H200"
-  driver_version: "13.0.0"
-  runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0"
-  dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
+from mfjax import targets
 
 
 def needs_cuda_plugin(test: Callable[..., None]) -> Callable[..., None]:
@@ -89,10 +52,8 @@ class Report:
 @functools.cache
 def mesh(num_gpus: int = 1, axis_names: tuple[str, ...] = ("x",)) -> Mesh:
   """Return a mesh of H200s that programs can be compiled for, not run on."""
-  topology = topologies.get_topology_desc(
-    platform="cuda", target_config=H200, topology=f"1x1x{num_gpus}"
-  )
-  return Mesh(np.array(topology.devices).reshape((num_gpus,)), axis_names)
+  devices = targets.Target("h200", str(num_gpus), 1).make_devices()
+  return Mesh(np.array(devices).reshape((num_gpus,)), axis_names)
 
 
 def compile_kernel(function: Callable[..., object], *shapes: jax.ShapeDtypeStruct) -> Report:
