@@ -245,7 +245,7 @@ def bench_conversion() -> None:
 
   config, sections = shared.run_config(), _sections(conversion.SECTIONS)
   report: dict[str, Any] = {"config": config.to_dict(), "rows": []}
-  _show(f"{'':28} {'read, written GB':>16} {'seconds':>8} {'copy':>8} {'share':>6}  peak memory")
+  _show(f"{'':28} {'read, written GB':>16} {'seconds':>8} {'copies':>12} {'share':>6}  peak memory")
   command = (sys.executable, "-m", "launch.main")
   try:
     for section in sections:
@@ -254,10 +254,12 @@ def bench_conversion() -> None:
         tempfile.TemporaryDirectory(prefix="bench-conversion-", dir=_SCRATCH.value) as folder,
       ):
         for row in conversion.measure(config, section, pathlib.Path(folder), command, _say):
-          report["rows"].append(dataclasses.asdict(row) | {"share_of_copy": row.share_of_copy})
+          shares = {"copy_seconds": row.copy_seconds, "share_of_copy": row.share_of_copy}
+          report["rows"].append(dataclasses.asdict(row) | shares)
+          copies = ", ".join(f"{seconds:.1f}" for seconds in row.copies_seconds)
           _show(
             f"{row.job:28} {row.bytes_read / 1e9:8.2f} {row.bytes_written / 1e9:7.2f} "
-            f"{row.seconds:8.1f} {row.copy_seconds:8.1f} {row.share_of_copy:6.0%}  "
+            f"{row.seconds:8.1f} {copies:>12} {row.share_of_copy:6.0%}  "
             f"{row.peak_bytes / 1e9:.2f} GB, {row.peak_bytes / row.largest_tensor:.2f} of the "
             f"largest stacked tensor; load {row.load_average:.1f}"
           )

@@ -39,7 +39,7 @@ from mfjax import digests, step_format, workdir
 from mfjax.config import CheckpointConfig, RunConfig
 from mfjax.step_format import ARRAY_ITEMS, RUN_FILE, RUN_ITEM
 from mfjax.storage import is_remote
-from mfjax.stored_arrays import BlockArrayHandler, StoredArray, open_array
+from mfjax.stored_arrays import BlockArrayHandler, Proof, StoredArray, open_array
 
 _LOG = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class Checkpointer:
     data_state: dict[str, Any],
     *,
     force: bool = False,
-    prove: Callable[[], None] | None = None,
+    proof: Proof | None = None,
   ) -> bool:
     """Copy `state` to the host and write it in the background; return whether a save began.
 
@@ -139,8 +139,8 @@ class Checkpointer:
     saved or restored. `state` holds `params`, `optimizer` and scalars; its buffers may be donated
     as soon as this returns. Without `optimizer` the step is one to begin from: its leaves may be
     `BlockArray`s, which are computed as they are written. A previous save that is still running is
-    waited for. `prove` is called when all is on the disk, while digests are computed: it may read
-    the step; if it raises, the save fails and the step goes.
+    waited for. `proof` is told of every block of a `BlockArray` that is written, and judges the
+    committed step while digests are computed; if it raises, the save fails and the step goes.
 
     Raises:
       CheckpointSaveError: this save could not begin, or the previous one failed (then this one was
@@ -160,7 +160,7 @@ class Checkpointer:
       step_format.run_record(self._run_config, step, arrays, scalars, data_state)
     )
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    self._blocks.error = None
+    self._blocks.error, self._blocks.proof = None, proof
     try:
       if not self._make_room(step, num_bytes):
         return False
@@ -168,7 +168,7 @@ class Checkpointer:
       self._orbax.save(self._path(step), args=ocp.args.Composite(**items))
     except Exception as error:
       raise self._save_error(step, num_bytes, error) from error
-    self._pending = self._background.submit(self._finish, step, num_bytes, self._num_saves, prove)
+    self._pending = self._background.submit(self._finish, step, num_bytes, self._num_saves, proof)
     self.blocked_seconds = time.perf_counter() - begin
     return True
 
@@ -198,6 +198,7 @@ class Checkpointer:
     finally:
       self._background.shutdown()
       self._orbax.close()
+      self._blocks.early.close()
 
   def restore(self, abstract_state: Mapping[str, Any], step: int | None = None) -> Restored | None:
     """Read the newest good step, or `step`, onto the shardings of `abstract_state`.
@@ -314,11 +315,11 @@ class Checkpointer:
       raise failure
     return due
 
-  def _finish(self, step: int, num_bytes: int, save: int, prove: Callable[[], None] | None) -> int:
+  def _finish(self, step: int, num_bytes: int, save: int, proof: Proof | None) -> int:
     """Commit `step`, write its digests, delete what is due; runs in the background."""
     try:
       self._orbax.wait_until_finished()
-      self._write_digests(step, save, prove)
+      self._write_digests(step, save, proof)
     except Exception as raised:
       error = self._blocks.error or raised
       if jax.process_index() == 0:
@@ -328,13 +329,18 @@ class Checkpointer:
       self._delete_old(step)
     return step
 
-  def _write_digests(self, step: int, save: int, prove: Callable[[], None] | None) -> None:
+  def _write_digests(self, step: int, save: int, proof: Proof | None) -> None:
     """Write the digests of a committed step, each process those of its share of the files."""
     path, num_processes = self._path(step), jax.process_count()
     if num_processes == 1:
-      digests.write(path, meanwhile=prove, stop=self._abandoned)
+
+      def judge() -> None:
+        if proof is not None:
+          proof.finish(self.open_step(step).arrays)
+
+      digests.write(path, meanwhile=judge, stop=self._abandoned, early=self._blocks.early)
       return
-    assert prove is None, "a conversion is one process"
+    assert proof is None, "a conversion is one process"
     barrier = ocp.multihost.get_barrier_sync_fn()  # Of the coordinator: fit for a thread.
     timeout_ms = 1000 * _BARRIER_SECONDS
     barrier(key=f"mfjax committed {save}", timeout_ms=timeout_ms)

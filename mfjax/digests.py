@@ -26,6 +26,8 @@ _THREADS = 8  # hashlib releases the GIL; memory stays at one buffer a thread.
 _BUFFER_BYTES = 2**20
 _PENDING_SUFFIX = ".tmp"
 
+_BEING_WRITTEN = ".__lock"  # TensorStore's ending of a file that is not yet complete.
+
 _Result = TypeVar("_Result")
 _Files = Mapping[str, tuple[int, str]]  # Size and digest by name.
 
@@ -74,15 +76,70 @@ def exist(directory: epath.Path) -> bool:
   return (directory / FILE_NAME).exists()
 
 
+class Early:
+  """Digests of files taken while others are still being written: later they are read from the disk.
+
+  A digest is good for a file that has not been written to since, under whatever name.
+  """
+
+  def __init__(self) -> None:
+    self._thread = concurrent.futures.ThreadPoolExecutor(2, "early digests")
+    self._lock = threading.Lock()
+    self._seen: set[str] = set()
+    self._digests: dict[tuple[int, int, int, int], str] = {}
+
+  def look(self, directory: epath.Path) -> None:
+    """Begin to read the complete files below a local `directory` that were not there before."""
+    with self._lock:
+      for folder, _, files in os.walk(directory):
+        new = {f"{folder}/{name}" for name in files if not name.endswith(_BEING_WRITTEN)}
+        for path in sorted(new - self._seen):
+          self._seen.add(path)
+          self._thread.submit(self._read, epath.Path(path))
+
+  def _read(self, path: epath.Path) -> None:
+    try:
+      sync(path)
+      before = _identity(path)
+      digest = _measure(path, None)[1]
+      if _identity(path) == before:
+        self._digests[before] = digest
+    except OSError:  # Gone or moved: it will be read where it is.
+      return
+
+  def wait(self) -> None:
+    """Wait until all that was seen is read."""
+    self._thread.submit(lambda: None).result()
+
+  def get(self, path: epath.Path) -> tuple[int, str] | None:
+    """Return size and digest of a local file if it was read before and not written to since."""
+    if not self._digests:
+      return None
+    identity = _identity(path)
+    digest = self._digests.get(identity)
+    return None if digest is None else (identity[2], digest)
+
+  def close(self) -> None:
+    """Forget what is waiting to be read."""
+    self._thread.shutdown(cancel_futures=True)
+
+
+def _identity(path: epath.Path) -> tuple[int, int, int, int]:
+  stat = os.stat(path)
+  return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def write(
   directory: epath.Path,
   *,
   meanwhile: Callable[[], None] | None = None,
   stop: threading.Event | None = None,
+  early: Early | None = None,
 ) -> None:
   """Write size and digest of every file below `directory` into it, atomically.
 
-  `meanwhile` runs beside the reading; if it raises, so does this, and nothing is written.
+  `meanwhile` runs beside the reading; if it raises, so does this, and nothing is written. What is
+  in `early` is not read again.
 
   Raises:
     OSError: a file cannot be read, or the digests not written (full disk).
@@ -92,7 +149,9 @@ def write(
     other = beside.submit(meanwhile or (lambda: None))
     # The newest first: those are still in memory, and reading the oldest would drive them out.
     names = sorted(_names(directory), key=lambda name: (-(directory / name).stat().mtime, name))
-    files = _measure_all(directory, names, stop)
+    if early is not None:
+      early.wait()
+    files = _measure_all(directory, names, stop, early)
     other.result()
   _write_record(directory, files)
 
@@ -123,9 +182,16 @@ def merge_parts(directory: epath.Path, num_processes: int) -> None:
 
 
 def _measure_all(
-  directory: epath.Path, names: Iterable[str], stop: threading.Event | None = None
+  directory: epath.Path,
+  names: Iterable[str],
+  stop: threading.Event | None = None,
+  early: Early | None = None,
 ) -> dict[str, tuple[int, str]]:
-  return dict(_in_threads(lambda name: (name, _measure(directory / name, stop)), names))
+  def measure(name: str) -> tuple[str, tuple[int, str]]:
+    known = None if early is None else early.get(directory / name)
+    return name, known or _measure(directory / name, stop)
+
+  return dict(_in_threads(measure, names))
 
 
 def _write_record(directory: epath.Path, files: Mapping[str, tuple[int, str]]) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -390,20 +391,44 @@ def test_no_step_is_used_of_an_empty_workdir(open_checkpointer):
 def test_a_save_counts_only_once_it_is_proven(open_checkpointer, states, tmp_path):
   checkpointer, step = open_checkpointer(), tmp_path / "checkpoints/1"
   seen = []
-  checkpointer.save(1, states[1], {}, prove=lambda: seen.append(checkpointer.open_step(1)))
+  checkpointer.save(1, states[1], {}, proof=mock.Mock(finish=seen.append))
   checkpointer.wait()
-  array = seen[0].arrays["embedding",].read()
+  array = seen[0]["embedding",].read()
   assert array.tobytes() == np.asarray(states[1]["params"]["embedding"]).tobytes()
   assert digests.exist(epath.Path(step))
 
-  def refuse():
+  def refuse(_):
     assert not digests.exist(epath.Path(tmp_path / "checkpoints/2"))
     raise RuntimeError("it is another model")
 
-  checkpointer.save(2, states[2], {}, prove=refuse)
+  checkpointer.save(2, states[2], {}, proof=mock.Mock(finish=refuse))
   with pytest.raises(checkpoint.CheckpointSaveError, match="it is another model"):
     checkpointer.wait()
   assert names(tmp_path / "checkpoints") == ["1"]
+
+
+def test_digests_taken_early_are_used_of_files_that_have_not_changed(tmp_path, monkeypatch):
+  (tmp_path / "was").mkdir()
+  for name in ("same", "changed", "gone", "half.__lock"):
+    (tmp_path / "was" / name).write_bytes(name.encode())
+  early = digests.Early()
+  early.look(epath.Path(tmp_path / "was"))
+  early.wait()
+  (tmp_path / "was/changed").write_bytes(b"another")
+  (tmp_path / "was/gone").unlink()
+  (tmp_path / "was/half.__lock").rename(tmp_path / "was/half")
+  (tmp_path / "was").rename(tmp_path / "is")
+  read, directory = [], epath.Path(tmp_path / "is")
+  measure = digests._measure
+  monkeypatch.setattr(
+    digests, "_measure", lambda path, stop: read.append(path.name) or measure(path, stop)
+  )
+  digests.write(directory, early=early)
+  early.close()
+  assert sorted(read) == ["changed", "half"]
+  assert digests.find_problems(directory) == []
+  (tmp_path / "is/same").write_bytes(b"SAME")
+  assert digests.find_problems(directory) == ["same differs from its digest"]
 
 
 def test_reading_for_digests_can_be_stopped(tmp_path):

@@ -5,7 +5,8 @@ that of one loop that reads all of the input's tensor files, from the first byte
 writes as many bytes as the output's tensor files have, ending with fsync: what `cp` does, and
 exactly `cp` where both sides have one dtype. A share of 60 % means that the conversion, with
 starting Python, checking digests, casting, reading back and comparing, took 1 / 0.6 times as long
-as that loop. Both begin with nothing of the input in the page cache.
+as that loop. Both begin with nothing of the input in the page cache. The loop runs before and after
+the conversion, because a shared disk is not equally fast all the time; the mean of both counts.
 """
 
 import contextlib
@@ -52,11 +53,16 @@ class Row:
   bytes_read: int
   bytes_written: int
   seconds: float
-  copy_seconds: float
+  copies_seconds: tuple[float, float]
   peak_bytes: int
   bytes_from_disk: int
   largest_tensor: int
   load_average: float
+
+  @property
+  def copy_seconds(self) -> float:
+    """Return the mean of the disk's two copies, before and after."""
+    return sum(self.copies_seconds) / len(self.copies_seconds)
 
   @property
   def share_of_copy(self) -> float:
@@ -84,6 +90,7 @@ def measure(
   draw = functools.partial(_draw, by_keys, DTYPES[section])
   arrays = block_arrays(run_config, None, DTYPES[section], draw)
   sizes = [leaf.nbytes for leaf in jax.tree.leaves(arrays)]
+  num_parameters = sum(sizes) // DTYPES[section].itemsize
   _check_space(folder, sum(sizes), DTYPES[section].itemsize)
   source, out, back = folder / "checkpoint", folder / "exported", folder / "imported"
   say(f"drawing {sum(sizes) / 1e9:.2f} GB of random parameters in {section}")
@@ -95,21 +102,22 @@ def measure(
   for job, read, written, name, to in jobs:
     flags = ["--parity_tokens=0"] if name == "export" else []
     args = [*command, name, str(read), str(written), f"--dtype={to}", *flags]
-    say(job)
-    load = os.getloadavg()[0]
     files = _tensor_files(read)
+    size = num_parameters * DTYPES[to].itemsize
+    say(f"copying the same bytes: {_size(files) / 1e9:.2f} GB read, {size / 1e9:.2f} GB written")
+    before = _copy(files, size, folder / "copy")
+    load = os.getloadavg()[0]
+    say(job)
     _forget(files)
     seconds, peak, from_disk = _run(args)
-    size = _size(_tensor_files(written))
-    say(f"copying the same bytes: {_size(files) / 1e9:.2f} GB read, {size / 1e9:.2f} GB written")
-    _forget(files)
-    copy_seconds = _copy(files, size, folder / "copy")
+    say("copying again")
+    after = _copy(files, size, folder / "copy")
     yield Row(
       job=job,
       bytes_read=_size(files),
-      bytes_written=size,
+      bytes_written=_size(_tensor_files(written)),
       seconds=seconds,
-      copy_seconds=copy_seconds,
+      copies_seconds=(before, after),
       peak_bytes=peak,
       bytes_from_disk=from_disk,
       largest_tensor=max(sizes),
@@ -177,6 +185,7 @@ def _forget(files: Iterable[pathlib.Path]) -> None:
 
 def _copy(files: Sequence[pathlib.Path], num_bytes: int, target: pathlib.Path) -> float:
   """Read all of `files` and write `num_bytes`, evenly between the reads; return the seconds."""
+  _forget(files)
   total, read, written = _size(files), 0, 0
   buffer = memoryview(bytearray(_BUFFER_BYTES))
   begin = time.perf_counter()

@@ -14,16 +14,16 @@ import jax
 import numpy as np
 
 from mfjax import model, sharding, workdir
-from mfjax.checkpoint import Checkpointer, CheckpointSaveError
+from mfjax.checkpoint import Checkpointer, CheckpointSaveError, Opened
 from mfjax.config import RunConfig
 from mfjax.hf import layout, tokenizer_files
 from mfjax.hf.directory import CONFIG_FILE, Directory, open_directory
 from mfjax.hf.export import DTYPES, IMPORTED
 from mfjax.hf.progress import Report, Stage, silent, until
-from mfjax.hf.source import Checkpoint, cast
+from mfjax.hf.source import Checkpoint, cast, narrower
 from mfjax.hf.staging import check_absent, staged
-from mfjax.hf.verify import NUM_THREADS, Comparison, DifferenceError, Verdict
-from mfjax.stored_arrays import BlockArray, Index, chunk_shape
+from mfjax.hf.verify import Comparison, DifferenceError, Verdict
+from mfjax.stored_arrays import BlockArray, Index, StoredArray, chunk_shape
 
 _ROOM = 64 * 2**20  # For what is not tensors.
 # What a run may choose for itself; the rest of the model is what was imported.
@@ -69,16 +69,21 @@ def import_checkpoint(
     num_bytes = sum(x.size for x in jax.tree.leaves(shapes)) * DTYPES[dtype].itemsize
     stop = threading.Event()
     report = until(stop, report)
-    stage = Stage("writing", num_bytes, report)
+    compared = sum(
+      tensor.size * narrower(source.dtype(name), DTYPES[dtype]).itemsize
+      for name, tensor in source.tensors.items()
+    )
+    stage = Stage("writing and comparing", num_bytes + compared, report)
     by_leaf = {(tensor.parts[0], tensor.layer): tensor for tensor in source.tensors.values()}
     read = functools.partial(_read, source, by_leaf, DTYPES[dtype], stage)
     tree = block_arrays(run_config, num_devices, DTYPES[dtype], read)
     with staged(out, num_bytes + _ROOM) as pending:
       workdir.write_config(pending, run_config)
       _keep(source, pending / IMPORTED)
+      proof = _Proof(source, pending, run_config, stage)
       with contextlib.closing(Checkpointer(pending, run_config.checkpoint, run_config)) as writer:
-        verdict = _save(writer, tree, out, stop, lambda: _proven(source, pending, writer, report))
-    return Imported(config=run_config, num_bytes=num_bytes, verdict=verdict)
+        _save(writer, tree, out, stop, proof)
+    return Imported(config=run_config, num_bytes=num_bytes, verdict=proof.verdict)
   finally:
     source.close()
 
@@ -189,17 +194,12 @@ def _keep(source: Directory, folder: pathlib.Path) -> None:
 
 
 def _save(
-  checkpointer: Checkpointer,
-  tree: Any,
-  out: pathlib.Path,
-  stop: threading.Event,
-  prove: Callable[[], Verdict],
-) -> Verdict:
-  """Write `tree` as step 0; return what `prove` found while its digests were computed."""
+  checkpointer: Checkpointer, tree: Any, out: pathlib.Path, stop: threading.Event, proof: "_Proof"
+) -> None:
+  """Write `tree` as step 0; `proof` judges it."""
   state = {"params": tree, "step": np.int32(0), "skipped": np.int32(0)}
-  verdicts: list[Verdict] = []
   try:
-    checkpointer.save(0, state, {}, force=True, prove=lambda: verdicts.append(prove()))
+    checkpointer.save(0, state, {}, force=True, proof=proof)
     checkpointer.wait()
   except CheckpointSaveError as error:
     if isinstance(error.__cause__, ValueError | DifferenceError) and not error.is_of_system:
@@ -209,20 +209,45 @@ def _save(
     stop.set()
     checkpointer.abandon()
     raise
-  return verdicts[0]
 
 
-def _proven(
-  source: Directory, pending: pathlib.Path, checkpointer: Checkpointer, report: Report
-) -> Verdict:
-  written = Checkpoint(path=workdir.absolute(pending), opened=checkpointer.open_step(0))
-  comparison = Comparison(source, written)
-  # What was written last is still in memory: to begin with the first would drive it out.
-  tensors = sorted(
-    (source.tensors[name] for name in comparison.names),
-    key=lambda tensor: (tensor.parts, tensor.layer or 0),
-    reverse=True,
-  )
-  names = [tensor.name for tensor in tensors]
-  comparison.run(names, Stage("comparing", comparison.num_bytes, report), NUM_THREADS)
-  return comparison.verdict().require_equal()
+class _Proof:
+  """Compares each published tensor with what was written of it, as soon as that is all of it.
+
+  So both are still in memory. The committed checkpoint is put together from the same data by other
+  metadata: of each chunk its first values are compared.
+  """
+
+  def __init__(
+    self, source: Directory, path: pathlib.Path, run_config: RunConfig, stage: Stage
+  ) -> None:
+    self._source, self._path, self._run_config, self._stage = source, path, run_config, stage
+    self._lock = threading.Lock()
+
+  def begin(self, arrays: Mapping[layout.Keys, StoredArray]) -> None:
+    run = {"config": self._run_config.to_dict()}
+    opened = Opened(step=0, directory=workdir.absolute(self._path), arrays=arrays, run=run)
+    self._arrays = arrays
+    self._comparison = Comparison(self._source, Checkpoint(path=opened.directory, opened=opened))
+    tensors = (self._source.tensors[name] for name in self._comparison.names)
+    self._names = {(tensor.parts[0], tensor.layer): tensor.name for tensor in tensors}
+    self._missing = {place: arrays[place[0]].shape[place[1] is not None] for place in self._names}
+    self._corners: dict[tuple[layout.Keys, tuple[int, ...]], dict[tuple[int, ...], bytes]] = {}
+
+  def written(self, keys: layout.Keys, index: Index) -> None:
+    lead = tuple(i for i in index if isinstance(i, int))  # The layer, if layers are stacked.
+    rows = index[-1]
+    assert isinstance(rows, slice)
+    place = keys, lead[0] if lead else None
+    with self._lock:
+      self._missing[place] -= rows.stop - rows.start
+      is_whole = self._missing[place] == 0
+    if is_whole:
+      self._comparison.run_here(self._names[place], self._stage)
+      self._corners[keys, lead] = self._arrays[keys].chunk_corners(lead)
+
+  def finish(self, arrays: Mapping[layout.Keys, StoredArray]) -> None:
+    self.verdict = self._comparison.verdict().require_equal()
+    for (keys, lead), corners in self._corners.items():
+      if arrays[keys].chunk_corners(lead) != corners:
+        raise DifferenceError(f"{'.'.join(keys)} was not committed as it was written, at {lead}")

@@ -164,6 +164,11 @@ class Comparison:
     """Compare the values of some of the tensors."""
     run_all(self._tasks(names, stage), num_threads)
 
+  def run_here(self, name: str, stage: Stage) -> None:
+    """Compare the values of one tensor on this thread; several threads may do so."""
+    for task in self._tasks([name], stage):
+      task()
+
   def _tasks(self, names: Iterable[str], stage: Stage) -> Iterator[Callable[[], None]]:
     a, b = self._a, self._b
     for name in names:

@@ -279,6 +279,20 @@ def test_a_wrong_value_is_a_difference_and_leaves_nothing(mfjax, tmp_path, monke
   assert list(tmp_path.iterdir()) == []
 
 
+def test_chunks_that_were_committed_otherwise_are_a_difference(mfjax, tmp_path, monkeypatch):
+  read_corners = stored_arrays.StoredArray.chunk_corners
+
+  def of_another_layer(self, lead=()):  # Where the committed checkpoint is opened anew.
+    is_committed = "process_0" not in str(self.store.spec().to_json()["kvstore"])
+    return read_corners(self, ((lead[0] + 1) % self.shape[0],) if lead and is_committed else lead)
+
+  monkeypatch.setattr(stored_arrays.StoredArray, "chunk_corners", of_another_layer)
+  done = mfjax("import", str(models.GOLDEN / "multihead"), "w")
+  assert done.code == 1
+  assert "was not committed as it was written" in done.err
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_command(mfjax, tmp_path):
   done = mfjax("import", str(models.GOLDEN / "multihead"), "w")
   assert done.code == 0, done.err

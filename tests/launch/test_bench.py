@@ -352,6 +352,7 @@ def test_conversion_is_measured_beside_a_copy(mfjax, tmp_path):
   assert imported["bytes_written"] == pytest.approx(exported["bytes_read"], rel=0.01)
   for row in (exported, imported):
     assert 0 < row["copy_seconds"] < row["seconds"]
+    assert row["copy_seconds"] == pytest.approx(sum(row["copies_seconds"]) / 2)
     assert row["share_of_copy"] == pytest.approx(row["copy_seconds"] / row["seconds"])
     assert 50e6 < row["peak_bytes"] < 8e9
     assert f"{row['job']:28} " in done.out
