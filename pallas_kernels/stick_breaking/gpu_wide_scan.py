@@ -298,6 +298,7 @@ def d_logits(
   Returns:
     stick and gain right of the tile.
   """
+  minus_scale = lane.subtract_product(lane.constant(0.0), scale, lane.constant(1.0))
   own_stick, own_gain = lane.constant(0.0), lane.constant(0.0)
   for i in range(0, len(d_weights), _CHUNK):
     for weight, d_weight in zip(load(i // _CHUNK), d_weights[i : i + _CHUNK], strict=True):
@@ -310,10 +311,12 @@ def d_logits(
   for i in range(0, len(d_weights), _CHUNK):
     gradients = []
     for weight, d_weight in zip(load(i // _CHUNK), d_weights[i : i + _CHUNK], strict=True):
+      # A (dA - gain / R), without the difference of equal numbers where A is nearly all of R.
+      rest = lane.subtract_product(running_gain, d_weight, running_stick)
       running_stick = lane.add(running_stick, weight)
       running_gain = lane.add(running_gain, lane.multiply(weight, d_weight))
-      rest = lane.subtract_product(d_weight, running_gain, lane.reciprocal(running_stick))
-      gradients.append(lane.multiply(lane.multiply(weight, scale), rest))
+      beta = lane.multiply(weight, lane.reciprocal(running_stick))
+      gradients.append(lane.multiply(lane.multiply(beta, minus_scale), rest))
     store(i // _CHUNK, gradients)
   return lane.add(stick, total_stick), lane.add(gain, total_gain)
 
@@ -329,7 +332,8 @@ def differentiate(
   """Replace the weights of a tile by the gradients of its products q . k, left to right.
 
   With R_m the stick that key m met, which is what remains at the end and all weights up to m,
-      d loss / d logit_m = A_m (dA_m - sum_{j<=m} A_j dA_j / R_m).
+      d loss / d logit_m = A_m (dA_m - sum_{j<=m} A_j dA_j / R_m)
+                         = A_m / R_m ((R_m - A_m) dA_m - sum_{j<m} A_j dA_j).
   Every term of R is positive and A / R is beta: no logit, mask or logarithm is needed again.
 
   Args:

@@ -115,17 +115,14 @@ def test_a_lane_is_loaded_consecutive_keys(num_keys):
   np.testing.assert_array_equal(own, np.arange(2 * CHUNK).reshape(own.shape))
 
 
-@pytest.mark.parametrize("spread", [1.0, 6.0, 40.0])
-def test_gradients_of_a_row_equal_the_definition(spread):
-  rng = np.random.default_rng(0)
-  num_rows, num_keys = 16, 2 * CHUNK
-  logits = spread * rng.standard_normal((num_rows, num_keys))
-  keep = 1 / (1 + np.exp(logits))
+def row_gradients(logits, d_weights):
+  """Return d_logits of rows [n, 2 * CHUNK], stick and gain at their ends, and the definition's."""
+  num_rows = len(logits)
+  beta, keep = 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(logits))
   right = np.cumprod(keep[:, ::-1], axis=1)[:, ::-1]  # Left of each key.
-  weights = (1 - keep) * np.append(right[:, 1:], np.ones((num_rows, 1)), axis=1)
-  d_weights = rng.standard_normal((num_rows, num_keys))
+  weights = beta * np.append(right[:, 1:], np.ones((num_rows, 1)), axis=1)
   g = weights * d_weights
-  expected = 0.5 * (g - (1 - keep) * np.cumsum(g, axis=1))
+  expected = 0.5 * (keep * g - beta * (np.cumsum(g, axis=1) - g))
 
   def lanes(x):
     return x.astype(np.float32).reshape(num_rows, 4, -1)
@@ -147,9 +144,27 @@ def test_gradients_of_a_row_equal_the_definition(spread):
     own = list(np.moveaxis(lanes(d_weights[:, part]), 2, 0))
     stick, gain = gpu_wide_scan.d_logits(Lanes(), own, np.float32(0.5), stick, gain, load, store)
     found.append(out.reshape(num_rows, CHUNK))
-  np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=1e-3, atol=3e-6)
-  np.testing.assert_allclose(stick, np.ones((num_rows, 4)), rtol=1e-5)
-  np.testing.assert_allclose(gain, g.sum(1)[:, None] * np.ones(4), atol=1e-5)
+  return np.concatenate(found, axis=1), stick, gain, expected, g.sum(1)
+
+
+@pytest.mark.parametrize("spread", [1.0, 6.0, 40.0])
+def test_gradients_of_a_row_equal_the_definition(spread):
+  rng = np.random.default_rng(0)
+  logits = spread * rng.standard_normal((16, 2 * CHUNK))
+  found, stick, gain, expected, total = row_gradients(logits, rng.standard_normal(logits.shape))
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=3e-6)
+  np.testing.assert_allclose(stick, np.ones((16, 4)), rtol=1e-5)
+  np.testing.assert_allclose(gain, total[:, None] * np.ones(4), atol=1e-5)
+
+
+def test_a_key_that_takes_nearly_all_has_an_exact_gradient():
+  logits = np.full((16, 2 * CHUNK), -9.0)
+  keys = 16 * np.arange(16) + 5
+  logits[np.arange(16), keys] = np.linspace(9, 16, 16)
+  d_weights = np.random.default_rng(0).standard_normal(logits.shape)
+  found, *_, expected, _ = row_gradients(logits, d_weights)
+  largest = np.arange(16), keys
+  np.testing.assert_allclose(found[largest], expected[largest], rtol=1e-4)
 
 
 def test_weights_of_a_run_of_64_keys_a_lane_equal_the_definition():
