@@ -19,7 +19,9 @@ def attention(
   )
   allowed = allowed[:, None, None]
   log_keep = jnp.where(allowed, jax.nn.log_sigmoid(-scores * scale), 0)
-  after = jax.lax.cumsum(log_keep, axis=4, reverse=True) - log_keep
+  # Of the keys after it: a sum less a key's own would lose what is left beside a large one.
+  following = jnp.pad(log_keep[..., 1:], ((0, 0),) * 4 + ((0, 1),))
+  after = jax.lax.cumsum(following, axis=4, reverse=True)
   log_weights = jax.nn.log_sigmoid(scores * scale) + after
   weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, log_weights, 0)), 0)
   return jnp.einsum("bshqt,bthd->bqshd", weights, v.astype(jnp.float32), precision="highest")
