@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -32,18 +32,21 @@ _PID = re.compile(r"\[(\d+)/\S+\] process \d+ of \d+, pid (\d+)")
 _PATIENCE_SECONDS = 300
 
 
-def make_data(directory: pathlib.Path, count: int = 200) -> pathlib.Path:
-  """Prepare a corpus of short texts."""
-  text = directory / "text"
-  text.mkdir(parents=True)
-  for number in range(count):
-    (text / f"{number}.txt").write_text(f"{number} times {number} " * 10)
-  inputs = (("numbers", str(text)),)
+def make_data(
+  directory: pathlib.Path, count: int = 200, domains: Sequence[str] = ("numbers",)
+) -> pathlib.Path:
+  """Prepare a corpus of short texts of each domain."""
+  for domain in domains:
+    (directory / domain).mkdir(parents=True)
+    for number in range(count):
+      text = f"{number} times {number} in {domain} " * (1 + number % 10)
+      (directory / domain / f"{number}.txt").write_text(text)
+  inputs = tuple((domain, str(directory / domain)) for domain in domains)
   prepare(PrepareOptions(out=str(directory / "data"), inputs=inputs, validation_fraction=0.1))
   return directory / "data"
 
 
-def make_config(data: pathlib.Path, *, steps: int, **sections: Any) -> RunConfig:
+def make_config(data: pathlib.Path, /, *, steps: int, **sections: Any) -> RunConfig:
   """Return a run that takes seconds; keyword arguments replace whole sections."""
   defaults: dict[str, Any] = {
     "model": ModelConfig(

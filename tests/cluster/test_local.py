@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from mfjax.config import CheckpointConfig, ClusterConfig, EvalConfig, MeshConfig
+from mfjax.config import CheckpointConfig, ClusterConfig, DataConfig, EvalConfig, MeshConfig
 from tests.cluster.jobs import Job, kill_all, make_config, make_data
 
 pytestmark = pytest.mark.cluster
@@ -166,17 +166,39 @@ def test_survivors_of_a_fault_end_with_the_reason_and_the_job_goes_on(
 
 @pytest.mark.slow
 def test_a_job_killed_at_random_moments_is_restarted_until_it_is_done(jobs, tmp_path):
-  chance, kills = random.Random(0), 4
+  chance, kills = random.Random(0), 20
   checkpoints = CheckpointConfig(every=2)
   flags = (f"--max_restarts={kills}",)
   job = jobs.make(tmp_path / "w", flags=flags, checkpoint=checkpoints).start()
   for number in range(1, kills + 1):
-    job.await_step(number * LONG // (kills + 2))
+    job.await_step(2 * number)
     time.sleep(chance.uniform(0, 0.3))
     os.kill(job.pid(chance.randrange(4)), signal.SIGKILL)
     job.await_start(number + 1)
   assert job.wait() == 0, job.all_logs()
   assert job.losses() == jobs.undisturbed
+
+
+@pytest.mark.slow
+def test_a_packed_mixture_is_the_same_stream_on_4_2_1_and_8_processes(cache, tmp_path):
+  domains = ("numbers", "words")
+  data = make_data(tmp_path / "corpus", domains=domains)
+  mixture = DataConfig(
+    path=str(data), sequence_length=32, batch_rows=8, mixture=(("numbers", 1.0), ("words", 2.0))
+  )
+  jobs = Jobs(data, cache, tmp_path / "undisturbed")
+  job = None
+  for processes, until in ((4, 12), (2, 24), (1, 36), (8, LONG)):
+    job = jobs.make(tmp_path / "w", processes=processes, data=mixture).start()
+    if until < LONG:
+      job.await_step(until)
+      os.kill(job.pid(processes - 1), signal.SIGTERM)
+      assert job.wait() == 75, job.all_logs()
+      assert until <= job.losses()[-1][0] < until + 12
+  assert job.wait() == 0, job.all_logs()
+  undisturbed = jobs.make(tmp_path / "other", data=mixture).run()
+  assert job.losses() == undisturbed.losses()
+  assert len({loss for _, loss in job.losses()}) == LONG
 
 
 ON_RANK_1_AT_BATCH_5 = """
