@@ -28,6 +28,9 @@ def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
   return [(a, b, history + b) for a, b in itertools.pairwise(edges)]
 
 
+_ONE_LEFT, _ONE_RIGHT = (((0, 0),) * 4 + (pad,) for pad in ((1, 0), (0, 1)))  # Of the keys.
+
+
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
   precision = matmul_precision(b.dtype)
   return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -35,8 +38,8 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _weights(
   q: jax.Array, k: jax.Array, segments: Segments, first: int, scale: float
-) -> tuple[jax.Array, jax.Array]:
-  """Return weights A and beta, float32 [b, s, h, q, t]; the first query sits at key `first`."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return A, beta and 1 - beta, float32 [b, s, h, q, t]; the first query sits at key `first`."""
   q_segments, k_segments = segments
   causal = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(q.shape[1])[:, None]
   same = q_segments[:, :, None] == k_segments[:, None, :]
@@ -46,9 +49,9 @@ def _weights(
   log_keep = jax.nn.log_sigmoid(-logits)
   log_beta = logits + log_keep
   log_keep = jnp.where(allowed, log_keep, 0)
-  after = jax.lax.cumsum(log_keep, axis=4, reverse=True) - log_keep
+  after = jax.lax.cumsum(jnp.pad(log_keep[..., 1:], _ONE_RIGHT), axis=4, reverse=True)
   weights = jnp.where(allowed, jnp.exp(log_beta + after), 0)
-  return weights, jnp.where(allowed, jnp.exp(log_beta), 0)
+  return weights, jnp.where(allowed, jnp.exp(log_beta), 0), jnp.exp(log_keep)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -67,7 +70,7 @@ def attention(
   outputs = []
   for a, b, t in _blocks(q.shape[1], k.shape[1]):
     block = (q_segments[:, a:b], k_segments[:, :t])
-    weights, _ = _weights(q[:, a:b], k[:, :t], block, t - (b - a), scale)
+    weights, _, _ = _weights(q[:, a:b], k[:, :t], block, t - (b - a), scale)
     out = _einsum("bshqt,bthd->bqshd", weights.astype(v.dtype), v[:, :t])
     outputs.append(out.astype(q.dtype))
   return jnp.concatenate(outputs, axis=1)
@@ -87,10 +90,12 @@ def _backward(
   dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
   for a, b, t in _blocks(q.shape[1], k.shape[1]):
     block = (q_segments[:, a:b], k_segments[:, :t])
-    weights, beta = _weights(q[:, a:b], k[:, :t], block, t - (b - a), scale)
+    weights, beta, keep = _weights(q[:, a:b], k[:, :t], block, t - (b - a), scale)
     d_block = d_out[:, a:b]
     g = weights * _einsum("bqshd,bthd->bshqt", d_block, v[:, :t])
-    d_logits = (scale * (g - beta * jax.lax.cumsum(g, axis=4))).astype(q.dtype)
+    # g - beta * (sum of g up to the key), without the difference of equal numbers where beta is 1.
+    before = jax.lax.cumsum(jnp.pad(g[..., :-1], _ONE_LEFT), axis=4)
+    d_logits = (scale * (keep * g - beta * before)).astype(q.dtype)
     dq.append(_einsum("bshqt,bthd->bqshd", d_logits, k[:, :t]).astype(q.dtype))
     dk = _add_first(dk, _einsum("bshqt,bqshd->bthd", d_logits, q[:, a:b]))
     dv = _add_first(dv, _einsum("bshqt,bqshd->bthd", weights.astype(v.dtype), d_block))

@@ -87,6 +87,30 @@ def test_many_weak_keys_lose_no_precision():
   np.testing.assert_allclose(out[0, 0, 0, 0, 0], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_a_key_that_takes_nearly_all_has_an_exact_gradient(implementation):
+  rng = np.random.default_rng(0)
+  logits = np.full(300, -30.0)
+  logits[[100, 200]] = 3, 14
+  k, v = rng.standard_normal((2, 300, DIM))
+  k[:, 0] = logits
+  q, d_out = np.eye(DIM)[0] * DIM**0.5, rng.standard_normal(DIM)
+  beta, keep = 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(logits))
+  g = beta * np.append(np.cumprod(keep[:0:-1])[::-1], 1) * (v @ d_out)
+  expected = (keep * g - beta * (np.cumsum(g) - g)) @ k / DIM**0.5
+
+  def attention(q):
+    ones = jnp.ones((1, 300), jnp.int32)
+    keys, values = (jnp.asarray(x[None, :, None], jnp.float32) for x in (k, v))
+    return api.stick_breaking_attention(
+      q[None, None, None, None], keys, values, ones[:, -1:], ones, implementation=implementation
+    )[0, 0, 0, 0]
+
+  _, backward = jax.vjp(attention, jnp.asarray(q, jnp.float32))
+  [dq] = backward(jnp.asarray(d_out, jnp.float32))
+  np.testing.assert_allclose(dq, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
 def test_a_query_without_keys_gives_zero():
   q, k, v, q_segments, k_segments = inputs(6, 6)
   out = api.stick_breaking_attention(
