@@ -231,6 +231,9 @@ class _Run:
     step_fn: Any = train_step.make_train_step(self.config, self.mesh)
     compiled: TrainStep = step_fn.lower(self.state, batch.arrays).compile()
     self.writer.say(f"compiled the train step in {time.perf_counter() - began:.1f} s")
+    # The first collective connects the processes, and gloo gives up on one that compiles for
+    # 30 seconds longer than the others.
+    self.session.meet("compiled")
     self.meter.restart()
     return compiled
 

@@ -35,6 +35,7 @@ _TELL_SECONDS = 5.0
 _HEARD_SECONDS = 2.0  # How long process 0, without which no one hears anything, waits to be heard.
 _REPORT_SECONDS = 3.0
 _POLL_SECONDS = 0.05  # Only while the job ends.
+_FOREVER_SECONDS = 7 * 24 * 3600
 _STATUS = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 _USAGE_ERRORS = (ValueError, NotImplementedError, OSError)
 
@@ -51,6 +52,9 @@ class Session:
 
   def step(self, step: int) -> None:
     """Note that the loop goes on, `step` steps being done."""
+
+  def meet(self, where: str) -> None:
+    """Wait until every process has come to this place; each place once."""
 
   def __enter__(self) -> Self:
     return self
@@ -83,6 +87,10 @@ class ClusterSession(Session):
 
   def step(self, step: int) -> None:
     self._watchdog.step(step)
+
+  def meet(self, where: str) -> None:
+    # Who fails meanwhile says so, and who hangs is the watchdog's.
+    self._store.barrier(where, self._config.watchdog_timeout or _FOREVER_SECONDS)
 
   def __enter__(self) -> Self:
     self._watcher.start()

@@ -34,6 +34,10 @@ config = ClusterConfig(watchdog_timeout={watchdog}, initialization_timeout=60)
 with session.open_session(config, Coordinates(sys.argv[1], 2, rank)) as job:
   for step in range(1, 6000):
     job.step(step)
+    if step == 5:
+      time.sleep(rank)
+      job.meet("here")
+      print("met at", time.time(), flush=True)
     if job.stop.poll():
       print("stopped by", job.stop.request, flush=True)
       break
@@ -99,13 +103,15 @@ def test_a_users_mistake_is_a_sentence_without_traceback_and_exit_code_2():
   assert not any("Traceback" in log for log in outcome.logs)
 
 
-def test_a_stop_asked_of_one_ends_both_well():
+def test_processes_meet_and_a_stop_asked_of_one_ends_both_well():
   outcome = run(1, "job.stop.ask(Exit.PREEMPTED)")
   assert outcome.codes == [0, 0], outcome.logs
   for log in outcome.logs:
     assert re.search(r"\[1/\S+\] was asked to stop by SIGTERM", log)
     assert "stopped by Exit.PREEMPTED" in log
     assert "left" in log
+  first, second = (float(re.search(r"met at ([\d.]+)", log)[1]) for log in outcome.logs)
+  assert abs(first - second) < 0.5, "one came a second later, and the other waited"
 
 
 def test_a_hang_shows_the_stacks_and_last_steps_of_both_and_ends_them_with_76():
