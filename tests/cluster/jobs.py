@@ -156,10 +156,14 @@ class Job:
     """Wait until the metrics of a step are there."""
     self._await(lambda: any(record["step"] >= step for record in self.records()))
 
-  def await_checkpoint(self) -> None:
-    """Wait until there is one to go on from."""
-    directory = self.workdir / "checkpoints"
-    self._await(lambda: any(directory.glob("*/digests.json")))
+  def newest_checkpoint(self) -> int:
+    """Return the step of the newest complete checkpoint, -1 without any."""
+    complete = (self.workdir / "checkpoints").glob("*/digests.json")
+    return max((int(path.parent.name) for path in complete), default=-1)
+
+  def await_checkpoint(self, after: int = -1) -> None:
+    """Wait until there is one to go on from, of a later step than `after`."""
+    self._await(lambda: self.newest_checkpoint() > after)
 
   def await_start(self, number: int) -> None:
     """Wait until every process of the launcher's n-th start has found the others."""

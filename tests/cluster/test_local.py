@@ -111,8 +111,8 @@ class Jobs:
   cache: pathlib.Path
   directory: pathlib.Path
 
-  def make(self, workdir, processes=4, extra="", flags=(), **sections):
-    config = make_config(self.data, steps=LONG, mesh=MeshConfig(), **sections)
+  def make(self, workdir, processes=4, extra="", flags=(), steps=LONG, **sections):
+    config = make_config(self.data, steps=steps, mesh=MeshConfig(), **sections)
     return Job(config, workdir, self.cache, processes, 1, TINY_STEP + extra, flags)
 
   @functools.cached_property
@@ -166,18 +166,19 @@ def test_survivors_of_a_fault_end_with_the_reason_and_the_job_goes_on(
 
 @pytest.mark.slow
 def test_a_job_killed_at_random_moments_is_restarted_until_it_is_done(jobs, tmp_path):
-  chance, kills = random.Random(0), 20
+  chance, kills, steps = random.Random(0), 20, 200
   checkpoints = CheckpointConfig(every=2)
-  flags = (f"--max_restarts={kills}",)
-  job = jobs.make(tmp_path / "w", flags=flags, checkpoint=checkpoints).start()
+  job = jobs.make(
+    tmp_path / "w", steps=steps, flags=("--max_restarts=2",), checkpoint=checkpoints
+  ).start()
   for number in range(1, kills + 1):
-    reached = max((record["step"] for record in job.records()), default=4)
-    job.await_step(reached + 1)  # New ground each time, so that it ends.
-    time.sleep(chance.uniform(0, 0.15))
+    job.await_checkpoint(after=job.newest_checkpoint())
+    time.sleep(chance.uniform(0, 0.5))  # Mostly into the next save.
     os.kill(job.pid(chance.randrange(4)), signal.SIGKILL)
     job.await_start(number + 1)
   assert job.wait() == 0, job.all_logs()
-  assert job.losses() == jobs.undisturbed
+  undisturbed = jobs.make(tmp_path / "undisturbed", steps=steps).run()
+  assert job.losses() == undisturbed.losses()
 
 
 @pytest.mark.slow
