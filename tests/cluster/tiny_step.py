@@ -68,7 +68,7 @@ def _digest(tokens):
   row, position = (
     jax.lax.broadcasted_iota(jnp.uint32, tokens.shape, dim, out_sharding=sharding) for dim in (0, 1)
   )
-  place = (row * tokens.shape[1] + position) * 2654435761 + 1
+  place = (row * tokens.shape[1] + position) * np.uint32(2654435761) + 1
   total = jnp.sum(tokens.astype(jnp.uint32) * place)  # Modulo 2^32, in whatever order.
   return (total >> 16).astype(jnp.float32) / 2**16
 
