@@ -181,7 +181,8 @@ def test_a_tie_of_a_router_is_no_difference(jumping):
   assert (found.ties, found.decisions, found.share_without_ties) == (1, 512, 1.0)
   assert found.is_within_tolerance
   assert "; within tolerance: " in found.describe()
-  assert "without 1 ties in 512 layers' positions (0.1% may be) 100.00% are" in found.describe()
+  assert "there 1 of 512 layers' positions are apart (0.1% may be, " in found.describe()
+  assert "for ties of routers), 100.00% of the logits within" in found.describe()
   assert found.to_dict()["ties"] == 1
 
 
