@@ -98,8 +98,8 @@ def arguments(command: str, pair: pathlib.Path, out: pathlib.Path) -> list[str]:
   [
     ("export", "writing and comparing", signal.SIGINT),
     ("export", "writing and comparing", signal.SIGTERM),
-    ("import", "writing", signal.SIGINT),
-    ("import", "comparing", signal.SIGINT),
+    ("import", "writing and comparing", signal.SIGINT),
+    ("import", "writing and comparing", signal.SIGTERM),
     ("verify", "comparing", signal.SIGINT),
     ("verify", "computing logits", signal.SIGINT),
   ],
