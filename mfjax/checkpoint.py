@@ -333,11 +333,7 @@ class Checkpointer:
     """Write the digests of a committed step, each process those of its share of the files."""
     path, num_processes = self._path(step), jax.process_count()
     if num_processes == 1:
-
-      def judge() -> None:
-        if proof is not None:
-          proof.finish(self.open_step(step).arrays)
-
+      judge = None if proof is None else lambda: proof.finish(self.open_step(step).arrays)
       digests.write(path, meanwhile=judge, stop=self._abandoned, early=self._blocks.early)
       return
     assert proof is None, "a conversion is one process"

@@ -83,7 +83,8 @@ class Early:
   """
 
   def __init__(self) -> None:
-    self._thread = concurrent.futures.ThreadPoolExecutor(2, "early digests")
+    self._threads = concurrent.futures.ThreadPoolExecutor(2, "early digests")
+    self._pending: list[concurrent.futures.Future[None]] = []
     self._lock = threading.Lock()
     self._seen: set[str] = set()
     self._digests: dict[tuple[int, int, int, int], str] = {}
@@ -95,7 +96,7 @@ class Early:
         new = {f"{folder}/{name}" for name in files if not name.endswith(_BEING_WRITTEN)}
         for path in sorted(new - self._seen):
           self._seen.add(path)
-          self._thread.submit(self._read, epath.Path(path))
+          self._pending.append(self._threads.submit(self._read, epath.Path(path)))
 
   def _read(self, path: epath.Path) -> None:
     try:
@@ -104,12 +105,18 @@ class Early:
       digest = _measure(path, None)[1]
       if _identity(path) == before:
         self._digests[before] = digest
-    except OSError:  # Gone or moved: it will be read where it is.
+    except FileNotFoundError:  # Gone or moved: it will be read where it is.
       return
 
   def wait(self) -> None:
-    """Wait until all that was seen is read."""
-    self._thread.submit(lambda: None).result()
+    """Wait until all that was seen is read.
+
+    Raises:
+      OSError: a file could not be brought to the disk: the system says so once, to who asks first.
+    """
+    pending, self._pending = self._pending, []
+    for future in pending:
+      future.result()
 
   def get(self, path: epath.Path) -> tuple[int, str] | None:
     """Return size and digest of a local file if it was read before and not written to since."""
@@ -121,7 +128,7 @@ class Early:
 
   def close(self) -> None:
     """Forget what is waiting to be read."""
-    self._thread.shutdown(cancel_futures=True)
+    self._threads.shutdown(cancel_futures=True)
 
 
 def _identity(path: epath.Path) -> tuple[int, int, int, int]:

@@ -76,7 +76,7 @@ class Proof(Protocol):
     """Note that a block can be read back; called from several threads."""
 
   def finish(self, arrays: Mapping[Keys, StoredArray]) -> None:
-    """Judge the arrays of the committed checkpoint; also called where `begin` never was."""
+    """Judge the arrays of the committed checkpoint."""
 
 
 def open_array(directory: epath.Path, keys: Sequence[str]) -> StoredArray:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pathlib
@@ -429,6 +430,22 @@ def test_digests_taken_early_are_used_of_files_that_have_not_changed(tmp_path, m
   assert digests.find_problems(directory) == []
   (tmp_path / "is/same").write_bytes(b"SAME")
   assert digests.find_problems(directory) == ["same differs from its digest"]
+
+
+def test_a_file_that_early_digests_cannot_bring_to_the_disk_fails_the_rest(tmp_path, monkeypatch):
+  (tmp_path / "file").write_bytes(b"content")
+
+  def fail(path):  # The system tells of a lost page once: a later fsync would succeed.
+    monkeypatch.undo()
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+  monkeypatch.setattr(digests, "sync", fail)
+  early = digests.Early()
+  early.look(epath.Path(tmp_path))
+  with pytest.raises(OSError, match="Input/output error"):
+    digests.write(epath.Path(tmp_path), early=early)
+  early.close()
+  assert not digests.exist(epath.Path(tmp_path))
 
 
 def test_reading_for_digests_can_be_stopped(tmp_path):
