@@ -40,7 +40,7 @@ from pallas_kernels.implementation import Implementation
 TOLERANCE = 1e-4  # Of a position's logits, relative to their range.
 STEP_TOLERANCE = 2e-5  # The same of one layer's output from equal input: nothing has added up.
 SHARE_WITHIN = 0.99  # A router that is near a tie may choose otherwise at a position or two.
-KL_WITH_TIES = 1e-2  # Nats; from end to end the two still are the same model.
+KL_IN_STEP = 1e-2  # Nats; from end to end the two still are the same model.
 SHARE_OF_TIES = 1e-3  # Of all layers' positions, at most; one wrong expert of one layer has more.
 _ROWS = 2
 _WHOLE_MODEL_BYTES = 2**30  # Up to this size PyTorch loads the model as a whole.
@@ -54,7 +54,7 @@ class LogitParity:
   """How far logits are apart; `kl` is the mean of KL(a || b) over positions, in nats.
 
   If too few are within tolerance from end to end, each layer and the head run from the first
-  program's state: then `ties` of the layers' positions are apart, and `share_without_ties` of the
+  program's state: then `ties` of the layers' positions are apart, and `share_in_step` of the
   logits are within tolerance.
   """
 
@@ -68,16 +68,16 @@ class LogitParity:
   top1_agreement: float
   ties: int = 0
   decisions: int = 0
-  share_without_ties: float | None = None
+  share_in_step: float | None = None
 
   @property
   def is_within_tolerance(self) -> bool:
     if self.share_within >= SHARE_WITHIN:  # False for NaN.
       return True
     is_equal_in_step = self.ties <= max(1, SHARE_OF_TIES * self.decisions) and (
-      (self.share_without_ties or 0) >= SHARE_WITHIN
+      (self.share_in_step or 0) >= SHARE_WITHIN
     )
-    return is_equal_in_step and self.kl <= KL_WITH_TIES
+    return is_equal_in_step and self.kl <= KL_IN_STEP
 
   def to_dict(self) -> dict[str, Any]:
     """Return the figures and the tolerance."""
@@ -86,7 +86,7 @@ class LogitParity:
       "of_one_layer": STEP_TOLERANCE,
       "share_of_positions": SHARE_WITHIN,
       "share_of_ties": SHARE_OF_TIES,
-      "kl_with_ties": KL_WITH_TIES,
+      "kl_in_step": KL_IN_STEP,
     }
     return dataclasses.asdict(self) | {"tolerance": tolerance}
 
@@ -102,13 +102,13 @@ class LogitParity:
     within = "within" if self.is_within_tolerance else "BEYOND"
     text += f"; {within} tolerance: {self.share_within:.2%} of positions are within {TOLERANCE:g} "
     text += f"of the range, {SHARE_WITHIN:.0%} must be"
-    if self.share_without_ties is None:
+    if self.share_in_step is None:
       return text
     return (
       f"{text}, or each layer from equal input: there {self.ties} of {self.decisions:,} layers' "
       f"positions are apart ({SHARE_OF_TIES:.1%} may be, for ties of routers), "
-      f"{self.share_without_ties:.2%} of the logits within tolerance, and KL must be at most "
-      f"{KL_WITH_TIES:g}"
+      f"{self.share_in_step:.2%} of the logits within tolerance, and KL must be at most "
+      f"{KL_IN_STEP:g}"
     )
 
 
@@ -167,7 +167,7 @@ def compare_logits(
   left, right = (program.logits(ids_BT, narrow, stage) for program in (first, second))
   found = compare(f"{first.name} and {second.name}", left, right)
   if not found.is_within_tolerance:
-    found = _without_ties(found, first, second, ids_BT, narrow, report)
+    found = _in_step(found, first, second, ids_BT, narrow, report)
   if wide is None:
     return found, None
   program = first if wide is a else second
@@ -177,7 +177,7 @@ def compare_logits(
   return found, compare(what, exact, left if wide is a else right)
 
 
-def _without_ties(
+def _in_step(
   found: LogitParity,
   first: "_Program",
   second: "_Program",
@@ -187,7 +187,7 @@ def _without_ties(
 ) -> LogitParity:
   """Return `found` with the layers' positions that are apart in step, and the head's logits."""
   total = 2 * sum(tensor.size * 4 for tensor in first.source.tensors.values())
-  stage = Stage("looking for ties", total, report)
+  stage = Stage("comparing layers", total, report)
   left, right = first.rounded(dtypes, stage), second.rounded(dtypes, stage)
   h_BTD = left.embed(ids_BT)
   num_layers, ties = first.source.config.num_layers, 0
@@ -197,12 +197,12 @@ def _without_ties(
     is_near_BT = difference_BT <= STEP_TOLERANCE * np.ptp(left_BTD)  # False for NaN.
     ties += int((~is_near_BT).sum())
     h_BTD = left_BTD
-  without = compare(found.what, left.head(h_BTD), right.head(h_BTD))
+  in_step = compare(found.what, left.head(h_BTD), right.head(h_BTD))
   return dataclasses.replace(
     found,
     ties=ties,
     decisions=num_layers * ids_BT.size,
-    share_without_ties=without.share_within,
+    share_in_step=in_step.share_within,
   )
 
 
