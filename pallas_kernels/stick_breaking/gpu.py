@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.stick_breaking import gpu_backward, gpu_copy, gpu_forward, gpu_wide
+from pallas_kernels.stick_breaking import gpu_backward, gpu_copy, gpu_forward, gpu_fused, gpu_wide
 from pallas_kernels.stick_breaking.gpu_blocks import Blocks, Segments, blocks_of
 from pallas_kernels.stick_breaking.gpu_scan import ROWS
 from pallas_kernels.stick_breaking.gpu_tiles import Sizes
@@ -23,6 +23,8 @@ Tiling = gpu_forward.Tiling
 BackwardTiling = gpu_backward.Tiling
 
 HEAD_DIMS = (64, 128, 256)
+MULTIPROCESSORS = 132  # Of an H100 or H200 SXM.
+FILLED = 0.9  # What one backward kernel takes of the time of two, at worst.
 
 
 def attention(
@@ -35,6 +37,7 @@ def attention(
   eps: float = 0.0,
   tiling: Tiling | None = None,
   backward_tiling: BackwardTiling | None = None,
+  fused_backward: bool | None = None,
 ) -> jax.Array:
   """Return [b, q, s, h, d] in q's dtype; differentiable in q, k and v.
 
@@ -47,6 +50,8 @@ def attention(
       an absolute error of at most eps times the largest value; 0: exact.
     tiling, backward_tiling: sizes, else measured ones, else a guess from the shape. An odd number
       of heads is computed one by one.
+    fused_backward: one backward kernel instead of two, which is for heads of 64; None: where its
+      thread blocks, one for each row and head of keys, fill the device.
 
   Raises:
     NotImplementedError: another dtype or head dim.
@@ -83,8 +88,21 @@ def attention(
   rows = q.reshape(b, num_queries, -1, dim)
   rows = jnp.pad(rows, ((0, 0), (0, -num_queries % 8), (0, 0), (0, 0)))
   keys, values = (_padded_keys(x, sizes) for x in (k, k if v is None else v))
+  if fused_backward is None:
+    fused_backward = dim == gpu_fused.DIM and fills(b * num_heads)
+  if fused_backward and dim != gpu_fused.DIM:
+    raise NotImplementedError(
+      f"the fused backward kernel has heads that are {gpu_fused.DIM} wide, not {dim}: "
+      f"fused_backward=False"
+    )
   blocks = blocks_of(segments, ROWS * tiling.consumers, sizes.covered_queries, sizes.covered_keys)
-  call = _Call(sizes=sizes, scale=scale, eps=eps, tiling=tiling, backward_tiling=backward_tiling)
+  call = _Call(
+    sizes=sizes,
+    scale=scale,
+    eps=eps,
+    tiling=tiling,
+    backward_tiling=None if fused_backward else backward_tiling,
+  )
   out = _attention(rows, keys, values, blocks, call)
   return out[:, :num_queries].reshape(q.shape)
 
@@ -103,6 +121,12 @@ def default_backward_tiling(sizes: Sizes) -> BackwardTiling:
   if sizes.dim > 128:
     return BackwardTiling(consumers=1, block_k=64, stages=2)
   return BackwardTiling(consumers=2, block_k=64, stages=2)
+
+
+def fills(blocks: int) -> bool:
+  """Return whether so many thread blocks of equal length keep the multiprocessors busy."""
+  rounds = -(-blocks // MULTIPROCESSORS)
+  return blocks >= FILLED * rounds * MULTIPROCESSORS
 
 
 def candidates(dim: int) -> list[Tiling]:
@@ -142,7 +166,7 @@ class _Call:
   scale: float
   eps: float
   tiling: Tiling
-  backward_tiling: BackwardTiling
+  backward_tiling: BackwardTiling | None  # None: one kernel.
 
 
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, Blocks, gpu_forward.Saved]
@@ -177,6 +201,8 @@ def _backward(
   # What the forward kernel skipped is among what it saved.
   q, k, v, blocks, saved = residuals
   sizes, scale, tiling = call.sizes, call.scale, call.backward_tiling
+  if tiling is None:
+    return *gpu_fused.gradients(q, k, v, d_out, saved, blocks, sizes, scale), None
   dq, prefixes = gpu_backward.d_queries(q, k, v, d_out, saved, blocks, sizes, scale, tiling=tiling)
   dk, dv = gpu_backward.d_keys_values(
     q, k, v, d_out, saved, prefixes, blocks, sizes, scale, tiling=tiling

@@ -21,6 +21,7 @@ _INDEX = plgpu.Layout.WG_SPLAT(())
 _LANE_KEYS = gpu_scan.KEYS // gpu_scan.LANES
 _NO_SEGMENT = -1  # Of padding keys.
 _HIDDEN = -1e30  # A score whose beta is 0.
+_LANE_COLUMNS = 8  # Of the narrowest array in wgmma's layout: two for each lane.
 
 
 class _Lane:
@@ -127,6 +128,16 @@ def _like(array: Any, values: Sequence[Any]) -> Any:
   return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
 
+def _lane_pairs(values: Sequence[Any]) -> Any:
+  """Return [64, 8] in wgmma's layout whose two columns of a lane hold its value of each row half."""
+  layout = mgpu.WGMMA_LAYOUT
+  registers = np.empty(layout.registers_shape((gpu_scan.ROWS, _LANE_COLUMNS)), dtype=object)
+  kind = ir.VectorType.get((2,), values[0].type)
+  for index, value in zip(np.ndindex(registers.shape), values, strict=True):
+    registers[index] = vector.from_elements(kind, [value, value])
+  return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
 def _per_row(array: Any) -> list[Any]:
   return [_at(register, 0) for register in array.registers.flat]
 
@@ -204,6 +215,63 @@ def gradients(
     return scores.array(), d_weights.array(), right
 
   return apply(scores, d_weights, sticks, prefix)
+
+
+def gains(
+  scores: jax.Array, d_weights: jax.Array, stick: jax.Array, factor: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Return the weights A [64, 64] of one block, g = A * d_weights, beta, and sums of g.
+
+  The sums are [64, 8], of which a lane's two columns hold that over the keys of the lanes before
+  it, and [64], over all keys. `d_logits` takes g, beta and the first sums.
+
+  Args:
+    scores, d_weights, factor: as of `gradients`. stick: float32 [64] left right of the block.
+  """
+  rows = plgpu.ShapeDtypeStruct(stick.shape, jnp.float32, layout=ROWS)
+  square = plgpu.ShapeDtypeStruct(scores.shape, jnp.float32, layout=SCORES)
+  lanes = plgpu.ShapeDtypeStruct((gpu_scan.ROWS, _LANE_COLUMNS), jnp.float32, layout=SCORES)
+
+  @inline(arg_types=(SCORES, SCORES, ROWS), return_type=(square, square, square, lanes, rows))
+  def apply(_: Any, scores: Any, d_weights: Any, stick: Any) -> Any:
+    lane = _Lane()
+    scale = lane.constant(factor)
+    attention, g, betas = (_Scores(x) for x in (scores, d_weights, scores))
+    befores, totals = [], []
+    for half, left in enumerate(_per_row(stick)):
+      *values, (before, total) = gpu_scan.gains(
+        lane, attention.row(half, 0), g.row(half, 0), scale, left
+      )
+      for array, value in zip((attention, g, betas), values, strict=True):
+        array.set_row(half, 0, value)
+      befores.append(before)
+      totals.append(total)
+    squares = (array.array() for array in (attention, g, betas))
+    return *squares, _lane_pairs(befores), _like(stick, totals)
+
+  return apply(scores, d_weights, stick)
+
+
+def d_logits(
+  g: jax.Array, betas: jax.Array, before: jax.Array, prefix: jax.Array
+) -> jax.Array:
+  """Return the gradients of the logits [64, 64] of one block, in g's layout.
+
+  Args:
+    g, betas, before: as `gains` returns them. prefix: float32 [64] sum of g left of the block.
+  """
+
+  @inline(arg_types=(SCORES, SCORES, SCORES, ROWS), return_type=_type_of(g, SCORES))
+  def apply(_: Any, g: Any, betas: Any, before: Any, prefix: Any) -> Any:
+    lane = _Lane()
+    g, betas = _Scores(g), _Scores(betas)
+    befores = [_at(register, 0) for register in before.registers.flat]
+    for half, left in enumerate(_per_row(prefix)):
+      running = lane.add(left, befores[half])
+      g.set_row(half, 0, gpu_scan.d_logits(lane, g.row(half, 0), betas.row(half, 0), running))
+    return g.array()
+
+  return apply(g, betas, before, prefix)
 
 
 def unhoisted(index: jax.Array) -> jax.Array:

@@ -70,18 +70,32 @@ def gradients(
     d_weights: the lane's 16 products dO . v.
     prefix: the row's sum of g over all keys left of the block.
   """
+  attention, g, betas, (before, total) = gains(lane, logits, d_weights, factor, stick)
+  return attention, d_logits(lane, g, betas, lane.add(prefix, before)), lane.add(prefix, total)
+
+
+def gains(
+  lane: Lane, logits: Sequence[Any], d_weights: Sequence[Any], factor: Any, stick: Any
+) -> tuple[list[Any], list[Any], list[Any], tuple[Any, Any]]:
+  """Return a lane's 16 weights A, g and betas of `gradients`, and sums of g.
+
+  The sums are those over the lanes before this one, and over all four.
+  """
   odds, inverses, betas = _odds(lane, logits, factor)
   edges, _ = _sticks(lane, inverses, stick)
   attention = [lane.multiply(x, edges[i // _GROUP]) for i, x in enumerate(odds)]
   g = [lane.multiply(x, y) for x, y in zip(attention, d_weights, strict=True)]
-  before, total = lane.sum_before(_tree(lane.add, g))
-  running = lane.add(prefix, before)
-  d_logits = []
-  # Summed once more rather than kept: registers are what this kernel is short of.
+  return attention, g, betas, lane.sum_before(_tree(lane.add, g))
+
+
+def d_logits(lane: Lane, g: Sequence[Any], betas: Sequence[Any], running: Any) -> list[Any]:
+  """Return a lane's 16 gradients of its logits; `running` is the sum of g left of its keys."""
+  found = []
+  # Summed once more rather than kept: registers are what these kernels are short of.
   for x, beta in zip(g, betas, strict=True):
     running = lane.add(running, x)
-    d_logits.append(lane.subtract_product(x, beta, running))
-  return attention, d_logits, lane.add(prefix, total)
+    found.append(lane.subtract_product(x, beta, running))
+  return found
 
 
 def _odds(lane: Lane, logits: Sequence[Any], factor: Any) -> tuple[list[Any], list[Any], list[Any]]:

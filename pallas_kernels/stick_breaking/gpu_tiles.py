@@ -81,10 +81,19 @@ def transpose(ref: Ref) -> Ref:
 
 def load_rows(ref: Ref, *index: Any) -> jax.Array:
   """Load one value per row of a tile from global memory."""
+  return _load(ref, index, gpu_registers.ROWS)
+
+
+def load_square(ref: Ref, *index: Any) -> jax.Array:
+  """Load [64, n] in the layout of scores from global memory."""
+  return _load(ref, index, gpu_registers.SCORES)
+
+
+def _load(ref: Ref, index: tuple[Any, ...], layout: Any) -> jax.Array:
   load: Any = plgpu.load  # JAX 0.11 takes the index with the reference.
   if jax.__version_info__ < (0, 11):
-    return load(ref, index, layout=gpu_registers.ROWS, optimized=False)
-  return load(ref.at[index], layout=gpu_registers.ROWS, optimized=False)
+    return load(ref, index, layout=layout, optimized=False)
+  return load(ref.at[index], layout=layout, optimized=False)
 
 
 def mask(

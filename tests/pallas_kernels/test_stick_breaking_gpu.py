@@ -12,6 +12,7 @@ from pallas_kernels.stick_breaking import (
   gpu_copy,
   gpu_scan,
   gpu_tiles,
+  reference,
 )
 from pallas_kernels.stick_breaking.gpu_tiles import Sizes
 from tests.pallas_kernels import gpu_target
@@ -180,9 +181,10 @@ def shapes_of(num_queries, num_keys, slots, dim, heads=HEADS):
   return q, k, k, *segments
 
 
-def value_and_gradients(q, k, v, q_segments, k_segments, d_out, eps=0.0):
+def value_and_gradients(q, k, v, q_segments, k_segments, d_out, eps=0.0, fused=None):
   def call(q, k, v):
-    return gpu.attention(q, k, v, (q_segments, k_segments), q.shape[-1] ** -0.5, eps=eps)
+    segments, scale = (q_segments, k_segments), q.shape[-1] ** -0.5
+    return gpu.attention(q, k, v, segments, scale, eps=eps, fused_backward=fused)
 
   out, gradients = jax.vjp(call, q, k, v)
   return out, *gradients(d_out)
@@ -240,21 +242,24 @@ def relative_error(found, expected):
    ((300, 300), 1, 2, 256), ((320, 450), 1, 3, 64)],
 )  # fmt: skip
 def test_values_and_gradients_equal_the_oracle(lengths, slots, heads, dim, kind, scale):
-  from pallas_kernels.stick_breaking import reference
+  assert_equals_oracle(shapes_of(*lengths, slots, dim, heads), kind, scale, fused=False)
 
-  q, k, v, *_ = shapes_of(*lengths, slots, dim, heads)
+
+def assert_equals_oracle(shapes, kind, scale, fused):
+  """Compare values and gradients of random operands of these shapes, q and k scaled."""
+  q, k, v, q_segments, k_segments = shapes
   keys = jax.random.split(jax.random.key(0), 4)
   draws = [jax.random.normal(key, x.shape) for key, x in zip(keys, (q, k, v, q), strict=True)]
   q, k, v, d_out = (
     (x * s).astype(jnp.bfloat16) for x, s in zip(draws, (scale, scale, 1, 1), strict=True)
   )
-  segments = segments_of(kind, 2, *lengths)
-  found = jax.jit(value_and_gradients)(q, k, v, *segments, d_out)
+  segments = segments_of(kind, 2, q_segments.shape[1], k_segments.shape[1])
+  found = jax.jit(functools.partial(value_and_gradients, fused=fused))(q, k, v, *segments, d_out)
 
   allowed = jnp.asarray(allowed_of(*segments))
   exact = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
   out, gradients = jax.vjp(
-    lambda q, k, v: reference.attention(q, k, v, allowed, dim**-0.5), *exact[:3]
+    lambda q, k, v: reference.attention(q, k, v, allowed, q.shape[-1] ** -0.5), *exact[:3]
   )
   for ours, oracle in zip(found, (out, *gradients(exact[3])), strict=True):
     assert np.isfinite(np.asarray(ours, np.float32)).all()
