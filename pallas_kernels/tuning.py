@@ -38,7 +38,7 @@ Table = dict[str, dict[str, dict[str, dict[str, dict[str, int]]]]]
 
 def lookup(
   operation: str, dtype: jax.typing.DTypeLike, shape: tuple[int, ...]
-) -> dict[str, int] | None:
+) -> dict[str, Any] | None:
   """Return the fields of the measured tiling for the mesh in context, or None.
 
   Args:

@@ -5,6 +5,7 @@ tile never holds rows of two groups, and whole tiles are stored.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ from pallas_kernels.grouped_matmul import gpu_pipeline as pipeline
 from pallas_kernels.grouped_matmul.gpu_kernels import UNIT, Place
 from pallas_kernels.grouped_matmul.gpu_pipeline import STEP, Ref, Tiling
 
-TILE_N = 128
+TILE_M = TILE_N = 128
+SPLIT_TILE_N = 256
+LARGE_MATRIX = 16 * 2**20  # Bytes from which on consumers split tiles.
 L2_SHARE = 24 * 2**20  # Bytes of a group's matrix that stay in the L2 cache beside other traffic.
 GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
 GELU_CUBIC = 0.044715
@@ -164,17 +167,40 @@ def outer(
     )
   fields = tuning.lookup("grouped_matmul.outer", lhs.dtype, (m, k, n, g))
   tiling = tiling or (Tiling(**fields) if fields else outer_tiling(k, n))
+  if tiling.split:
+    raise ValueError("consumers do not split the tiles of grouped_outer: groups differ in length")
   return kernels.by_groups(lhs, rhs, starts, group_sizes, out_dtype=out_dtype, tiling=tiling)
 
 
 def default_tiling(operation: str, alignment: int, k: int, n: int) -> Tiling:
-  """Return a good tiling of an operation by rows: as many slots as shared memory holds."""
+  """Return a good tiling of an operation by rows."""
+  if _can_split(operation, alignment, n) and 2 * k * n >= LARGE_MATRIX:
+    return split_tiling(n)
+  return turns_tiling(operation, alignment, k, n)
+
+
+def turns_tiling(operation: str, alignment: int, k: int, n: int) -> Tiling:
+  """Return a good tiling by rows with consumers that take turns: as many slots as memory holds."""
   slice_bytes = 2 * STEP * (alignment + TILE_N)
   units = {"matmul_gelu": 4, "matmul_gelu_backward": 2 + alignment * TILE_N // UNIT**2}
   slot_bytes = 2 * UNIT * UNIT * pipeline.CONSUMERS * units.get(operation, 2)
   stages = min(8, (pipeline.SHARED_MEMORY - RESERVED - slot_bytes) // slice_bytes)
   panel = _panel(L2_SHARE // (2 * k * TILE_N), n // TILE_N)
   return Tiling(tile_m=alignment, tile_n=TILE_N, stages=stages, panel=panel, cluster=1)
+
+
+def split_tiling(n: int, cluster: int = 2) -> Tiling:
+  """Return a good tiling by rows with consumers that split tiles, n a multiple of their width."""
+  panel = _panel(11, n // SPLIT_TILE_N)
+  cluster = math.gcd(cluster, panel)
+  return Tiling(
+    tile_m=TILE_M, tile_n=SPLIT_TILE_N, stages=4, panel=panel, cluster=cluster, split=True
+  )
+
+
+def _can_split(operation: str, alignment: int, n: int) -> bool:
+  is_plain = operation in ("matmul", "transposed")  # Longer epilogues would not be hidden.
+  return is_plain and alignment == TILE_M and n % SPLIT_TILE_N == 0
 
 
 def outer_tiling(k: int, n: int) -> Tiling:
@@ -203,15 +229,17 @@ def candidates(
   _check(jnp.dtype(dtype), jnp.dtype(dtype), alignment)
   _, k, n, _ = shape
   is_outer = operation == "outer"
-  first = outer_tiling(k, n) if is_outer else default_tiling(operation, alignment, k, n)
+  first = outer_tiling(k, n) if is_outer else turns_tiling(operation, alignment, k, n)
   tiles_n = n // TILE_N
-  found = [first]
+  found = [first] if is_outer else [default_tiling(operation, alignment, k, n), first]
   for cluster in (1, 2):
     for panel in (first.panel, 4, 8, 11, 16, 22, 32, tiles_n):
       if tiles_n % panel == 0 and panel % cluster == 0:
         found.append(dataclasses.replace(first, cluster=cluster, panel=panel))
   # The first one has as many slots as fit; fewer keep fewer copies in flight.
   found += [dataclasses.replace(first, stages=first.stages - fewer) for fewer in (1, 2)]
+  if _can_split(operation, alignment, n):
+    found += [split_tiling(n, cluster) for cluster in (1, 2)]
   return tuple(dict.fromkeys(found))
 
 
@@ -232,6 +260,8 @@ def _resolve(
   if tiling is None:
     fields = tuning.lookup(f"grouped_matmul.{name}", lhs.dtype, (m, k, n, rhs.shape[0]))
     tiling = Tiling(**fields) if fields else default_tiling(name, alignment, k, n)
+  if tiling.split and not _can_split(name, alignment, n):
+    tiling = turns_tiling(name, alignment, k, n)
   return dataclasses.replace(tiling, tile_m=min(tiling.tile_m, alignment))
 
 

@@ -115,8 +115,7 @@ def by_rows(
         def step(j: jax.Array, _: None) -> None:
           ks = pl.ds(j * STEP, STEP)
           rhs_slice = (group, columns, ks) if transpose_rhs else (group, ks, columns)
-          consumer = lax.rem(i, jnp.int32(pipeline.CONSUMERS))
-          ring.load(consumer, i * k_steps + j, lhs_ref.at[rows, ks], rhs_ref.at[rhs_slice])
+          ring.load(i, i * k_steps + j, lhs_ref.at[rows, ks], rhs_ref.at[rhs_slice])
 
         lax.fori_loop(0, k_steps, step, None)
 
@@ -129,12 +128,13 @@ def by_rows(
       tiles_m, num_tiles = sizes()
 
       def compute(i: jax.Array, row: jax.Array, column: jax.Array, num_rows: int) -> None:
-        place = Place(warpgroup, row, column, num_rows, tile_n)
+        first_row = tiling.own_part(warpgroup)
+        place = Place(warpgroup, row + first_row, column, num_rows, tile_n)
         epilogue.prefetch(place, refs, scratch)
 
         def operands(lhs_slice: Ref, rhs_slice: Ref) -> tuple[Ref, Ref]:
           rhs_slice = pipeline.transpose(rhs_slice) if transpose_rhs else rhs_slice
-          return lhs_slice.at[pl.ds(0, num_rows)], rhs_slice
+          return lhs_slice.at[pl.ds(first_row if tiling.split else 0, num_rows)], rhs_slice
 
         def product(acc: Ref) -> jax.Array:
           ring.multiply(acc, warpgroup, i * k_steps, k_steps, operands)
@@ -145,12 +145,12 @@ def by_rows(
 
       def turn(j: jax.Array, _: None) -> None:
         """Compute a tile, or its first half if the last tile of a group has no more rows."""
-        i = j * pipeline.CONSUMERS + warpgroup
+        i = tiling.own_tile(j, warpgroup)
         tm, tn = pipeline.tile_of(pipeline.mine(i), tiles_m, tiling)
         used = lax.rem(info_ref[tm], jnp.int32(INFO_ROWS))
         place = tm * tile_m, tn * tile_n
-        if tile_m <= STEP:
-          compute(i, *place, tile_m)
+        if tiling.own_rows <= STEP:
+          compute(i, *place, tiling.own_rows)
           return
 
         @pl.when(used > tile_m // 2)
@@ -161,8 +161,7 @@ def by_rows(
         def half() -> None:
           compute(i, *place, tile_m // 2)
 
-      turns = lax.div(num_tiles + pipeline.CONSUMERS - 1 - warpgroup, jnp.int32(pipeline.CONSUMERS))
-      lax.fori_loop(0, turns, turn, None)
+      lax.fori_loop(0, tiling.own_tiles(num_tiles, warpgroup), turn, None)
       plgpu.wait_smem_to_gmem(0)
 
   rhs_shape = (tile_n, STEP) if transpose_rhs else (STEP, tile_n)
@@ -226,12 +225,11 @@ def by_groups(
         rank, group, steps = steps_of(i)
         tm, tn = pipeline.tile_of(pipeline.mine(i) - rank * tiles_group, tiles_m, tiling)
         start = lax.min(starts_ref[group], jnp.int32(m - STEP))
-        consumer = lax.rem(i, jnp.int32(pipeline.CONSUMERS))
 
         def step(j: jax.Array, _: None) -> None:
           rows = pl.ds(start + j * STEP, STEP)
           ring.load(
-            consumer,
+            i,
             first + j,
             lhs_ref.at[rows, pl.ds(tm * tile_m, tile_m)],
             rhs_ref.at[rows, pl.ds(tn * tile_n, tile_n)],

@@ -117,6 +117,38 @@ def test_whole_and_half_tiles_equal_the_oracle(operation, monkeypatch):
     check(operation, [200, 0, 30, 64, 129], 128, 256, 256, tiling)
 
 
+@pytest.mark.parametrize("operation", ["matmul", "transposed"])
+def test_consumers_that_split_tiles_equal_the_oracle(operation, monkeypatch):
+  if JAX_VERSION < (0, 11) and operation in NOT_IN_0_10:
+    pytest.skip("JAX 0.10 cannot interpret transposed operands and layout_cast: needs 0.11")
+  monkeypatch.setattr(gpu_pipeline, "MULTIPROCESSORS", 2)
+  tiling = gpu.Tiling(tile_m=128, tile_n=256, stages=3, panel=1, cluster=1, split=True)
+  with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
+    check(operation, [200, 0, 30, 129], 128, 128, 256, tiling)
+
+
+def test_large_matrices_split_tiles_where_they_can():
+  assert gpu.default_tiling("matmul", 128, 2048, 5632).split
+  assert gpu.default_tiling("transposed", 128, 5632, 2048).split
+  assert not gpu.default_tiling("matmul", 128, 1024, 2048).split
+  assert not gpu.default_tiling("matmul", 64, 2048, 5632).split
+  assert not gpu.default_tiling("matmul_gelu", 128, 2048, 5632).split
+  for tiling in gpu.candidates("matmul", jnp.bfloat16, (4096, 2048, 5632, 8), 128):
+    tiles = 5632 // tiling.tile_n
+    assert tiles % tiling.panel == 0
+    assert tiling.panel % tiling.cluster == 0
+  with pytest.raises(ValueError, match="do not split"):
+    check("outer", [200, 30], 128, 256, 256, gpu.split_tiling(256))
+
+
+@gpu_target.needs_gpu
+@pytest.mark.parametrize("operation", ["matmul", "transposed"])
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("sizes", [*testing.GROUP_SIZES.values(), [300, 0, 1, 129, 64, 1000, 63]])
+def test_consumers_that_split_tiles_equal_the_oracle_on_a_gpu(sizes, cluster, operation):
+  check(operation, sizes, 128, 384, 1024, gpu.split_tiling(1024, cluster))
+
+
 @gpu_target.needs_gpu
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("alignment", [64, 128])
@@ -129,10 +161,15 @@ def test_kernels_equal_the_oracle_on_a_gpu(sizes, alignment, operation):
 @pytest.mark.slow
 @gpu_target.needs_cuda_plugin
 @pytest.mark.parametrize(
-  ("operation", "alignment"),
-  [("outer", 64), *((name, rows) for rows in (64, 128) for name in OPERATIONS if name != "outer")],
+  ("operation", "alignment", "split"),
+  [
+    ("outer", 64, False),
+    *((name, rows, False) for rows in (64, 128) for name in OPERATIONS if name != "outer"),
+    ("matmul", 128, True),
+    ("transposed", 128, True),
+  ],
 )
-def test_kernels_compile_for_hopper_without_spills_or_serialized_wgmma(operation, alignment):
+def test_kernels_compile_for_hopper_without_spills_or_serialized_wgmma(operation, alignment, split):
   m, k, n, g = 4096, 1024, 2048, 8
 
   def rows(*shape):
@@ -151,7 +188,9 @@ def test_kernels_compile_for_hopper_without_spills_or_serialized_wgmma(operation
 
   def run(*args):
     *arrays, starts, group_sizes = args
-    return call(operation, arrays, starts, group_sizes, alignment)
+    width = k if operation == "transposed" else n
+    tiling = gpu.split_tiling(width) if split else None
+    return call(operation, arrays, starts, group_sizes, alignment, tiling)
 
   groups = jax.ShapeDtypeStruct((g,), jnp.int32)
   report = gpu_target.compile_kernel(run, *arrays[operation], groups, groups)
@@ -181,7 +220,7 @@ def test_every_candidate_covers_the_result_and_fits_shared_memory(k, n):
       continue
     for alignment in (64, 128):
       tilings = gpu.candidates(operation, jnp.bfloat16, (4096, k, n, 8), alignment)
-      assert len({tiling.stages for tiling in tilings}) == 3
+      assert len({tiling.stages for tiling in tilings if not tiling.split}) == 3
       for tiling in tilings:
         tiles_n = n // tiling.tile_n
         assert tiles_n % tiling.panel == 0 == tiling.panel % tiling.cluster
