@@ -84,13 +84,15 @@ def measure(
 ) -> Iterator[Comparison]:
   """Time the product and its gradients, with equal and with unequal groups; inside `set_mesh`.
 
+  All alternatives sum in float32 and return `dtype`.
+
   Raises:
     AssertionError: a result is wrong.
   """
   alignment = row_alignment(implementation, shape.m, shape.g)
   options: Any = {"alignment": alignment, "implementation": implementation}
-  ours = operations(options)
-  portable = operations(options | {"implementation": Implementation.XLA})
+  ours = operations(options, dtype)
+  portable = operations(options | {"implementation": Implementation.XLA}, dtype)
   keys = jax.random.split(jax.random.key(0), 5)
   rhs = (jax.random.normal(keys[0], (shape.g, shape.k, shape.n)) * shape.k**-0.5).astype(dtype)
   x = jax.random.normal(keys[1], (shape.m, shape.k), dtype)
@@ -121,12 +123,12 @@ def measure(
       yield compare(f"grouped {name}, {groups}", str(shape), flops, call, alternatives, repeats)
 
 
-def operations(options: Any) -> dict[str, Callable[..., jax.Array]]:
-  """Return the jitted product and its gradients, with these keyword arguments of the api."""
+def operations(options: Any, dtype: Any) -> dict[str, Callable[..., jax.Array]]:
+  """Return the jitted product and its gradients in `dtype`, with these arguments of the api."""
   functions = {
     "forward": functools.partial(grouped_matmul, **options),
     "rows' gradient": functools.partial(grouped_matmul, transpose_rhs=True, **options),
-    "weights' gradient": functools.partial(grouped_outer, **options),
+    "weights' gradient": functools.partial(grouped_outer, out_dtype=dtype, **options),
   }
   return {name: jit_local(f) for name, f in functions.items()}
 
@@ -167,14 +169,10 @@ def _dense(
   x: jax.Array, w: jax.Array, dy: jax.Array
 ) -> dict[str, tuple[Callable[..., jax.Array], tuple[jax.Array, ...]]]:
   """Return {operation: (function, arguments)}: one matrix instead of one per group."""
-
-  def weights(x: jax.Array, dy: jax.Array) -> jax.Array:
-    return jnp.einsum("mk,mn->kn", x, dy, preferred_element_type=jnp.float32)
-
   return {
     "forward": (lambda x, w: x @ w, (x, w)),
     "rows' gradient": (lambda dy, w: dy @ w.T, (dy, w)),
-    "weights' gradient": (weights, (x, dy)),
+    "weights' gradient": (lambda x, dy: jnp.einsum("mk,mn->kn", x, dy), (x, dy)),
   }
 
 
@@ -189,7 +187,7 @@ def _ragged_dot(
     ragged = jax.lax.RaggedDotDimensionNumbers(contract, [0], [])
 
     def weights(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
-      return jax.lax.ragged_dot_general(x, dy, sizes, ragged, preferred_element_type=jnp.float32)
+      return jax.lax.ragged_dot_general(x, dy, sizes, ragged)
 
     return Call(jit_local(weights), (x, dy, sizes))
   if name == "forward":

@@ -194,7 +194,7 @@ def _ours(name: str, shape: GroupedShape) -> Program:
   sizes = grouped_matmul.balanced(shape)
   rows = grouped_matmul.layout(sizes, alignment).num_rows
   options = {"alignment": alignment, "implementation": Implementation.PALLAS_TPU}
-  function = grouped_matmul.operations(options)[name]
+  function = grouped_matmul.operations(options, jnp.float32)[name]
   return function, _operands(name, shape, rows)
 
 
