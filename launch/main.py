@@ -30,6 +30,13 @@ FLAGS = flags.FLAGS
 USAGE_ERROR = 2
 _INTERRUPTED = 130  # As shells have it.
 _NOT_COMMANDS = {"main", "flags"}
+# What libraries read from the environment, where the user has not set it.
+_ENVIRONMENT = {
+  "FSSPEC_GCS": GCS_OPTIONS,
+  # JAX takes 0.75 of a GPU's memory; a large batch needs the rest as well. What is left is for
+  # CUDA's and NCCL's own buffers. The compiler is told as much (mfjax/compiler_options.py).
+  "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+}
 _OVERRIDE = re.compile(r"--?config\.(?!FIELD=)")
 _HELP = {"-h", "-help", "--help"}
 
@@ -69,7 +76,8 @@ def _dispatch(args: list[str]) -> int:
   name = args[0].replace("-", "_")
   if name not in commands():
     return _fail("mfjax", unknown_name(args[0], commands(), "command"))
-  os.environ.setdefault("FSSPEC_GCS", GCS_OPTIONS)
+  for variable, value in _ENVIRONMENT.items():
+    os.environ.setdefault(variable, value)
   command = importlib.import_module(f"launch.{name}")
   program, described = f"mfjax {args[0]}", command
   if hasattr(command, "part"):

@@ -12,6 +12,9 @@ PRESETS: dict[str, Options] = {
     # The compiler would first fill with zeros the stacks that the scans over layers write whole
     # (what the backward pass needs, the experts' gradients): 16 GB a step of MoLM-350M-4B.
     "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+    # The compiler computes things twice, kernels as well, once it needs more than this percentage
+    # of: 0.8 of the memory, less the program's arguments. 115 is 0.92 of the memory or less.
+    "xla_gpu_memory_limit_slop_factor": 115,
     # Start collectives early and wait for them late.
     "xla_gpu_enable_latency_hiding_scheduler": True,
   },
