@@ -50,8 +50,9 @@ def attention(
       an absolute error of at most eps times the largest value; 0: exact.
     tiling, backward_tiling: sizes, else measured ones, else a guess from the shape. An odd number
       of heads is computed one by one.
-    fused_backward: one backward kernel instead of two, which is for heads of 64; None: where its
-      thread blocks, one for each row and head of keys, fill the device.
+    fused_backward: one backward kernel, which has no tiling, instead of two; for heads of 64. None:
+      where its thread blocks, one for each row and head of keys, fill the device, unless a tiling
+      of the two is given or was measured to be faster.
 
   Raises:
     NotImplementedError: another dtype or head dim.
@@ -82,14 +83,14 @@ def attention(
     tiling = Tiling(**fields) if fields else default_tiling(sizes)
   if backward_tiling is None:
     fields = tuning.lookup("stick_breaking.backward", q.dtype, shape)
-    backward_tiling = BackwardTiling(**fields) if fields else default_backward_tiling(sizes)
+    backward_tiling = BackwardTiling(**fields) if fields else None
   tiling = dataclasses.replace(tiling, heads=math.gcd(tiling.heads, sizes.num_heads))
   # Rows of a copy to shared memory come in eights; the kernels never look at those added.
   rows = q.reshape(b, num_queries, -1, dim)
   rows = jnp.pad(rows, ((0, 0), (0, -num_queries % 8), (0, 0), (0, 0)))
   keys, values = (_padded_keys(x, sizes) for x in (k, k if v is None else v))
   if fused_backward is None:
-    fused_backward = dim == gpu_fused.DIM and fills(b * num_heads)
+    fused_backward = backward_tiling is None and dim == gpu_fused.DIM and fills(b * num_heads)
   if fused_backward and dim != gpu_fused.DIM:
     raise NotImplementedError(
       f"the fused backward kernel has heads that are {gpu_fused.DIM} wide, not {dim}: "
@@ -101,7 +102,7 @@ def attention(
     scale=scale,
     eps=eps,
     tiling=tiling,
-    backward_tiling=None if fused_backward else backward_tiling,
+    backward_tiling=None if fused_backward else backward_tiling or default_backward_tiling(sizes),
   )
   out = _attention(rows, keys, values, blocks, call)
   return out[:, :num_queries].reshape(q.shape)

@@ -86,7 +86,9 @@ class Visit(NamedTuple):
 
   def packed(self) -> jax.Array:
     fields = (*self.lows, *self.highs, self.idle)
-    packed = functools.reduce(lambda x, y: x | y, [x << (_NIBBLE * i) for i, x in enumerate(fields)])
+    packed = functools.reduce(
+      lambda x, y: x | y, [x << (_NIBBLE * i) for i, x in enumerate(fields)]
+    )
     flags = jnp.where(self.is_first, _IS_FIRST, 0) | jnp.where(self.is_last, _IS_LAST, 0)
     return packed | flags | _IS_VISIT
 
@@ -107,7 +109,7 @@ class Visit(NamedTuple):
 
 
 def walk_of(visited: jax.Array, sizes: Sizes) -> Walk:
-  """Return the walk of every head, from the blocks [b, n, tiles, 2] that the forward pass visited."""
+  """Return every head's walk, from the blocks [b, n, tiles, 2] that the forward pass visited."""
   rows, units = sizes.tiles(ROWS), sizes.padded_keys // KEYS
   windows, pairs = -(-rows // WINDOW), -(-units // 2)
   first, end = (visited[:, :, :rows, i] for i in range(2))

@@ -129,7 +129,7 @@ def _like(array: Any, values: Sequence[Any]) -> Any:
 
 
 def _lane_pairs(values: Sequence[Any]) -> Any:
-  """Return [64, 8] in wgmma's layout whose two columns of a lane hold its value of each row half."""
+  """Return [64, 8] in wgmma's layout, a lane's two columns with its value of each half of rows."""
   layout = mgpu.WGMMA_LAYOUT
   registers = np.empty(layout.registers_shape((gpu_scan.ROWS, _LANE_COLUMNS)), dtype=object)
   kind = ir.VectorType.get((2,), values[0].type)
@@ -252,9 +252,7 @@ def gains(
   return apply(scores, d_weights, stick)
 
 
-def d_logits(
-  g: jax.Array, betas: jax.Array, before: jax.Array, prefix: jax.Array
-) -> jax.Array:
+def d_logits(g: jax.Array, betas: jax.Array, before: jax.Array, prefix: jax.Array) -> jax.Array:
   """Return the gradients of the logits [64, 64] of one block, in g's layout.
 
   Args:
