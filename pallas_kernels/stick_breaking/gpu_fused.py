@@ -288,13 +288,16 @@ def _kernel(*refs: Ref, sizes: Sizes, scale: float, query_tile: int) -> None:
 
 
 class _Place(NamedTuple):
-  """Where in the walk: how many visits and steps were before, the pass and the pair."""
+  """Where in the walk: how many visits and steps were before, the pass, the pair and its `Visit`.
+
+  What follows from these is computed where it is needed, again in every step: registers are short.
+  """
 
   number: jax.Array
   step: jax.Array
-  query_head: jax.Array
-  window: jax.Array  # First tile of queries.
+  index: jax.Array
   pair: jax.Array
+  word: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -310,31 +313,37 @@ class _Block:
   scale: float
   query_tile: int
 
+  def queries_of(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return a pass' head of the queries and first tile."""
+    num_passes, num_slots = self.inputs.visits.shape[2], self.sizes.num_heads
+    num_slots //= self.sizes.num_kv_heads
+    slot = lax.div(index, jnp.int32(num_passes // num_slots))
+    window = (index - slot * (num_passes // num_slots)) * WINDOW
+    return slot * self.sizes.num_kv_heads + self.head, window
+
   def for_each_visit(self, visit: Any) -> None:
-    """Call visit(place, Visit) for all visits."""
-    b, head, visits, pairs = self.batch, self.head, self.inputs.visits, self.inputs.pairs
+    """Call visit(place) for all visits."""
+    visits, pairs = self.inputs.visits, self.inputs.pairs
     num_passes, num_pairs = visits.shape[2:]
-    num_windows = num_passes * self.sizes.num_kv_heads // self.sizes.num_heads
+
+    def at() -> tuple[jax.Array, jax.Array]:
+      # Nothing that follows from them may stay in registers.
+      return gpu_registers.unhoisted(self.batch), gpu_registers.unhoisted(self.head)
 
     def go_pass(index: Any, state: tuple[jax.Array, jax.Array]) -> Any:
-      slot = lax.div(index, jnp.int32(num_windows))
-      window = (index - slot * num_windows) * WINDOW
-      query_head = slot * self.sizes.num_kv_heads + head
-
       def go_pair(pair: jax.Array, state: Any) -> Any:
         number, step, word = state
         # The next one is on its way while this one is computed.
-        next_word = visits[b, head, index, lax.min(pair + 1, jnp.int32(num_pairs - 1))]
+        next_word = visits[*at(), index, lax.min(pair + 1, jnp.int32(num_pairs - 1))]
 
         def go(number: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-          found = Visit.unpacked(word)
-          visit(_Place(number, step, query_head, window, pair), found)
-          return number + 1, step + found.steps
+          visit(_Place(number, step, index, pair, word))
+          return number + 1, step + Visit.unpacked(gpu_registers.unhoisted(word)).steps
 
         return *lax.cond(word != 0, go, lambda *state: state, number, step), next_word
 
-      first, end = pairs[b, head, index, 0], pairs[b, head, index, 1]
-      word = visits[b, head, index, lax.min(first, jnp.int32(num_pairs - 1))]
+      first, end = (pairs[*at(), index, i] for i in range(2))
+      word = visits[*at(), index, lax.min(first, jnp.int32(num_pairs - 1))]
       number, step, _ = lax.fori_loop(first, end, go_pair, (*state, word))
       return number, step
 
@@ -351,11 +360,14 @@ class _Producer:
 
   block: _Block
 
-  def visit(self, place: _Place, visit: Visit) -> None:
+  def visit(self, place: _Place) -> None:
+    visit = Visit.unpacked(place.word)
+    query_head, window = self.block.queries_of(place.index)
+
     def load(step: jax.Array, _: None) -> None:
       # In idle steps the last tile comes again.
       tile = lax.max(visit.high - 1 - step, lax.min(*visit.lows))
-      self._load_queries(place, place.step + step, (place.window + tile) * ROWS)
+      self._load_queries(place.step + step, query_head, (window + tile) * ROWS)
 
     self._load_keys(place, 0)
     # The other warpgroup may still be at its keys of the visit before.
@@ -377,9 +389,9 @@ class _Producer:
       destination = target.at[consumer]
       gpu_copy.load(source, unit, block.head, destination, scratch.kv_full, 2 * consumer + i)
 
-  def _load_queries(self, place: _Place, step: jax.Array, row: jax.Array) -> None:
+  def _load_queries(self, step: jax.Array, query_head: jax.Array, row: jax.Array) -> None:
     block, scratch = self.block, self.block.scratch
-    at = (block.batch, row, place.query_head)
+    at = (block.batch, row, query_head)
     for source, ring, full, free, slots in (
       (block.inputs.q, scratch.q, scratch.q_full, scratch.q_free, _QUERY_SLOTS),
       (block.inputs.d_out, scratch.d_out, scratch.d_full, scratch.d_free, _OUTPUT_SLOTS),
@@ -396,10 +408,10 @@ class _Consumer:
   block: _Block
   index: jax.Array
 
-  def visit(self, place: _Place, visit: Visit) -> None:
+  def visit(self, place: _Place) -> None:
     for i in range(2):
       gpu_copy.wait(self.block.scratch.kv_full, 2 * self.index + i, place.number)
-    is_left = self.index == 0
+    is_left, visit = self.index == 0, Visit.unpacked(place.word)
     low, high = (lax.select(is_left, *ends) for ends in (visit.lows, visit.highs))
     start, end = visit.high - high, visit.high - low
 
@@ -408,11 +420,12 @@ class _Consumer:
 
     def run(*accs: Ref) -> None:
       lax.fori_loop(jnp.int32(0), start, pass_on, None)
-      lax.fori_loop(start, end, functools.partial(self._step, accs, place, visit), None)
-      lax.fori_loop(end, visit.steps, pass_on, None)
+      lax.fori_loop(start, end, functools.partial(self._step, accs, place), None)
+      again = Visit.unpacked(gpu_registers.unhoisted(place.word))
+      lax.fori_loop(end, again.steps, pass_on, None)
       plgpu.wgmma_wait(0)
       plgpu.barrier_arrive(self.block.scratch.kv_free.at[self.index])
-      self._finish(accs, place, visit)
+      self._finish(accs, place, again)
 
     pl.run_scoped(run, *[ACC((KEYS, COLUMNS), jnp.float32)] * 2)
 
@@ -437,17 +450,16 @@ class _Consumer:
   def _left_is_done(self, barrier: Ref) -> None:
     pl.when(self.index == 0)(lambda: plgpu.barrier_arrive(barrier))
 
-  def _step(
-    self, accs: tuple[Ref, ...], place: _Place, visit: Visit, step: jax.Array, _: None
-  ) -> None:
+  def _step(self, accs: tuple[Ref, ...], place: _Place, step: jax.Array, _: None) -> None:
     """Add what a tile of 64 queries contributes to dK and dV, and this block to its dQ."""
     block, scratch, inputs = self.block, self.block.scratch, self.block.inputs
     dk, dv = accs
     unhoisted = gpu_registers.unhoisted
-    b, n, mine = unhoisted(block.batch), unhoisted(place.query_head), unhoisted(self.index)
+    b, mine = unhoisted(block.batch), unhoisted(self.index)
+    n, window = block.queries_of(unhoisted(place.index))
     unit = 2 * unhoisted(place.pair) + mine
-    tile = visit.high - 1 - step
-    part = place.window + tile
+    tile = Visit.unpacked(unhoisted(place.word)).high - 1 - step
+    part = window + tile
     row = part * ROWS
     slot, out_slot = self._slots(place.step + step)
     first, end, is_live = (inputs.tiles[b, n, part, i] for i in range(3))
