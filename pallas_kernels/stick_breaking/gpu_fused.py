@@ -295,7 +295,7 @@ class _Place(NamedTuple):
 
   number: jax.Array
   step: jax.Array
-  index: jax.Array
+  window: jax.Array  # Number of the pass: of a window of a slot's queries.
   pair: jax.Array
   word: jax.Array
 
@@ -362,7 +362,7 @@ class _Producer:
 
   def visit(self, place: _Place) -> None:
     visit = Visit.unpacked(place.word)
-    query_head, window = self.block.queries_of(place.index)
+    query_head, window = self.block.queries_of(place.window)
 
     def load(step: jax.Array, _: None) -> None:
       # In idle steps the last tile comes again.
@@ -456,7 +456,7 @@ class _Consumer:
     dk, dv = accs
     unhoisted = gpu_registers.unhoisted
     b, mine = unhoisted(block.batch), unhoisted(self.index)
-    n, window = block.queries_of(unhoisted(place.index))
+    n, window = block.queries_of(unhoisted(place.window))
     unit = 2 * unhoisted(place.pair) + mine
     tile = Visit.unpacked(unhoisted(place.word)).high - 1 - step
     part = window + tile
