@@ -1,5 +1,6 @@
 """The `mfjax` command line: finding commands, help, exit codes, errors as one sentence."""
 
+import os
 import subprocess
 import sys
 import time
@@ -101,6 +102,16 @@ def test_traceback_of_a_mistake_on_request(mfjax, caplog):
 def test_libraries_talk_only_on_request(mfjax, args, level):
   mfjax("probe", "--config=quickstart", *args)
   assert logging.get_verbosity() == level
+
+
+def test_allocator_gets_most_of_the_memory_unless_the_user_says_how_much(mfjax, monkeypatch):
+  variable = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+  monkeypatch.setenv(variable, "0.5")
+  assert mfjax("tune", "--help").code == 0
+  assert os.environ[variable] == "0.5"
+  monkeypatch.delenv(variable)
+  assert mfjax("tune", "--help").code == 0
+  assert float(os.environ[variable]) == 0.92
 
 
 def test_overview_needs_no_jax_and_half_a_second():
