@@ -1,8 +1,8 @@
 """Stick-breaking attention for Hopper GPUs: bf16, head dims 64, 128 and 256; wider by gpu_wide.
 
 The forward kernel computes 64-query tiles per warpgroup from the diagonal leftwards; two backward
-kernels, or one (gpu_fused), recompute the weights from the sticks that it saves. Blocks of keys that no query of a tile
-sees are skipped, segments are compared only in blocks that hold a border.
+kernels, or one (gpu_fused), recompute the weights from the sticks that it saves. Blocks of keys
+that no query of a tile sees are skipped, segments are compared only in blocks that hold a border.
 """
 
 import dataclasses

@@ -165,7 +165,8 @@ def test_a_launcher_that_is_stopped_gives_the_machines_back(tmp_path, tools, num
     "gcloud",
     script='case "$4" in describe) echo ACTIVE;; esac\n'
     # Without the trap a shell that is interrupted while `touch` runs goes on to sleep.
-    f'case "$*" in *"docker run"*) trap "exit 130" INT; touch {tmp_path}/runs; exec sleep 60;; esac',
+    'trap "exit 130" INT\n'
+    f'case "$*" in *"docker run"*) touch {tmp_path}/runs; exec sleep 60;; esac',
   )
   launcher = subprocess.Popen(
     [sys.executable, "-m", "launch.main", *TPU_VM, *COMMAND],
