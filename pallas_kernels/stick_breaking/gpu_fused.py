@@ -49,9 +49,12 @@ DIM = 64  # Of a head: dQ of a window of wider ones does not fit into shared mem
 WINDOW = 8  # Tiles of queries of a pass.
 _CONSUMERS = 2
 _QUERY_SLOTS = 3  # Of the ring of queries: what a warpgroup may be ahead of the other, in steps.
+# Steps between two visits of a tile: a warpgroup frees a slot before it has added to the tile's dQ,
+# so that the other's step may begin while that of so many before, less one, is not quite over.
+_APART = _QUERY_SLOTS + 1
 _OUTPUT_SLOTS = 2  # Of the ring of gradients of the output, which are released earlier.
 _FLOAT_TRANSFORMS = (plgpu.TilingTransform((8, COLUMNS // 2)), plgpu.SwizzleTransform(128))
-_NIBBLE = 4  # Bits of a field of a visit; none holds more than WINDOW + _QUERY_SLOTS.
+_NIBBLE = 4  # Bits of a field of a visit; none holds more than WINDOW + _APART.
 _IS_FIRST, _IS_LAST, _IS_VISIT = (1 << (5 * _NIBBLE + i) for i in range(3))
 
 
@@ -143,11 +146,11 @@ def walk_of(visited: jax.Array, sizes: Sizes) -> Walk:
     jnp.where(is_visit.reshape(top.shape), order, top.shape[-1]), axis=2, reverse=True
   )
   following = jnp.pad(following[..., 1:], ((0, 0), (0, 0), (0, 1)), constant_values=len(order))
-  after_all = WINDOW + _QUERY_SLOTS
+  after_all = WINDOW + _APART
   tops = jnp.pad(top, ((0, 0), (0, 0), (0, 1)), constant_values=after_all)
   next_top = jnp.take_along_axis(tops, following, axis=2).reshape(is_visit.shape)
-  # A tile that two visits share comes _QUERY_SLOTS steps later or more.
-  idle = _QUERY_SLOTS - next_top + low.min(-1)
+  # A tile that two visits share comes _APART steps later or more.
+  idle = _APART - next_top + low.min(-1)
   seen_before = jnp.cumsum(is_visit, axis=2) - is_visit > 0
   seen_after = is_visit.sum(2, keepdims=True) - jnp.cumsum(is_visit, axis=2) > 0
   visit = Visit(

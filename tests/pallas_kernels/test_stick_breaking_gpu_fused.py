@@ -85,7 +85,9 @@ def test_walk_visits_everything_once_and_keeps_warpgroups_apart(kind, lengths, s
     if first <= block < end:
       before, when = last_seen.get((slot, tile), (first - 1, -np.inf))
       assert block == before + 1  # From left to right, without a gap.
-      assert step == when if block % 2 and block > first else step >= when + gpu_fused._QUERY_SLOTS
+      assert (
+        step == when if block % 2 and block > first else step >= when + gpu_fused._QUERY_SLOTS + 1
+      )
       last_seen[slot, tile] = block, step
   for slot, tile in np.ndindex(*tiles.shape[:2]):
     assert last_seen[slot, tile][0] == tiles[slot, tile, 1] - 1
