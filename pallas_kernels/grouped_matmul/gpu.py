@@ -5,14 +5,12 @@ tile never holds rows of two groups, and whole tiles are stored.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
@@ -24,6 +22,8 @@ from pallas_kernels.grouped_matmul.gpu_pipeline import STEP, Ref, Tiling
 TILE_M = TILE_N = 128
 SPLIT_TILE_N = 256
 LARGE_MATRIX = 16 * 2**20  # Bytes from which on consumers split tiles.
+LARGE_RESULT = 4 * 2**20  # The same of `outer`,
+LONG_GROUP = 2048  # and rows of the mean group.
 L2_SHARE = 24 * 2**20  # Bytes of a group's matrix that stay in the L2 cache beside other traffic.
 GELU_SCALE = 0.7978845608028654  # sqrt(2 / pi)
 GELU_CUBIC = 0.044715
@@ -165,10 +165,11 @@ def outer(
       f"the GPU kernel of grouped_outer needs k and n that are multiples of {TILE_N}; got k={k}, "
       f"n={n}: use xla"
     )
-  fields = tuning.lookup("grouped_matmul.outer", lhs.dtype, (m, k, n, g))
-  tiling = tiling or (Tiling(**fields) if fields else outer_tiling(k, n))
-  if tiling.split:
-    raise ValueError("consumers do not split the tiles of grouped_outer: groups differ in length")
+  if tiling is None:
+    fields = tuning.lookup("grouped_matmul.outer", lhs.dtype, (m, k, n, g))
+    tiling = Tiling(**fields) if fields else outer_tiling(m, k, n, g)
+  if k % (tiling.tile_m * tiling.cluster) or n % (tiling.tile_n * tiling.panel):
+    raise ValueError(f"{tiling} does not divide the results of grouped_outer, {k} x {n}")
   return kernels.by_groups(lhs, rhs, starts, group_sizes, out_dtype=out_dtype, tiling=tiling)
 
 
@@ -182,31 +183,47 @@ def default_tiling(operation: str, alignment: int, k: int, n: int) -> Tiling:
 def turns_tiling(operation: str, alignment: int, k: int, n: int) -> Tiling:
   """Return a good tiling by rows with consumers that take turns: as many slots as memory holds."""
   slice_bytes = 2 * STEP * (alignment + TILE_N)
-  units = {"matmul_gelu": 4, "matmul_gelu_backward": 2 + alignment * TILE_N // UNIT**2}
-  slot_bytes = 2 * UNIT * UNIT * pipeline.CONSUMERS * units.get(operation, 2)
+  units = 4 if operation == "matmul_gelu_backward" else 2
+  slot_bytes = 2 * UNIT * UNIT * pipeline.CONSUMERS * units
   stages = min(8, (pipeline.SHARED_MEMORY - RESERVED - slot_bytes) // slice_bytes)
   panel = _panel(L2_SHARE // (2 * k * TILE_N), n // TILE_N)
   return Tiling(tile_m=alignment, tile_n=TILE_N, stages=stages, panel=panel, cluster=1)
 
 
-def split_tiling(n: int, cluster: int = 2) -> Tiling:
-  """Return a good tiling by rows with consumers that split tiles, n a multiple of their width."""
-  panel = _panel(11, n // SPLIT_TILE_N)
-  cluster = math.gcd(cluster, panel)
+def split_tiling(n: int, panel: int = 11, cluster: int = 2) -> Tiling:
+  """Return a good tiling with consumers that split tiles, n a multiple of their width.
+
+  The panel is lowered to what parts the tiles evenly.
+  """
   return Tiling(
-    tile_m=TILE_M, tile_n=SPLIT_TILE_N, stages=4, panel=panel, cluster=cluster, split=True
+    tile_m=TILE_M,
+    tile_n=SPLIT_TILE_N,
+    stages=4,
+    panel=_panel(panel, n // SPLIT_TILE_N),
+    cluster=cluster,
+    split=True,
   )
 
 
 def _can_split(operation: str, alignment: int, n: int) -> bool:
+  if operation == "outer":
+    return n % SPLIT_TILE_N == 0
   is_plain = operation in ("matmul", "transposed")  # Longer epilogues would not be hidden.
   return is_plain and alignment == TILE_M and n % SPLIT_TILE_N == 0
 
 
-def outer_tiling(k: int, n: int) -> Tiling:
+def outer_tiling(m: int, k: int, n: int, g: int) -> Tiling:
   """Return a good tiling of `outer`: tiles that run together span about as much of k as of n."""
-  panel = _panel(pipeline.MULTIPROCESSORS * 9 // 8 // (k // TILE_N), n // TILE_N)
-  return Tiling(tile_m=TILE_N, tile_n=TILE_N, stages=6, panel=panel, cluster=1)
+  is_large = 2 * k * n >= LARGE_RESULT and m >= LONG_GROUP * g
+  if is_large and n % SPLIT_TILE_N == 0 and k % (2 * TILE_M) == 0:
+    return split_tiling(n)
+  return outer_turns_tiling(k, n)
+
+
+def outer_turns_tiling(k: int, n: int) -> Tiling:
+  """Return a good tiling of `outer` with consumers that take turns."""
+  panel = _panel(pipeline.MULTIPROCESSORS * 9 // 8 // (k // TILE_M), n // TILE_N)
+  return Tiling(tile_m=TILE_M, tile_n=TILE_N, stages=6, panel=panel, cluster=1)
 
 
 def _panel(fit: int, tiles_n: int) -> int:
@@ -227,19 +244,25 @@ def candidates(
     dtype: of the operands. shape: (m, k, n, g). alignment: of the groups.
   """
   _check(jnp.dtype(dtype), jnp.dtype(dtype), alignment)
-  _, k, n, _ = shape
+  m, k, n, g = shape
   is_outer = operation == "outer"
-  first = outer_tiling(k, n) if is_outer else turns_tiling(operation, alignment, k, n)
+  if is_outer:
+    default, turns = outer_tiling(m, k, n, g), outer_turns_tiling(k, n)
+  else:
+    default = default_tiling(operation, alignment, k, n)
+    turns = turns_tiling(operation, alignment, k, n)
+  found = [default, turns]
   tiles_n = n // TILE_N
-  found = [first] if is_outer else [default_tiling(operation, alignment, k, n), first]
-  for cluster in (1, 2):
-    for panel in (first.panel, 4, 8, 11, 16, 22, 32, tiles_n):
-      if tiles_n % panel == 0 and panel % cluster == 0:
-        found.append(dataclasses.replace(first, cluster=cluster, panel=panel))
-  # The first one has as many slots as fit; fewer keep fewer copies in flight.
-  found += [dataclasses.replace(first, stages=first.stages - fewer) for fewer in (1, 2)]
+  clusters = (1,) if is_outer and k % (2 * TILE_M) else (1, 2)
+  for cluster in clusters:
+    for panel in (turns.panel, 4, 8, 11, 16, 22, 32, tiles_n):
+      if tiles_n % panel == 0:
+        found.append(dataclasses.replace(turns, cluster=cluster, panel=panel))
   if _can_split(operation, alignment, n):
-    found += [split_tiling(n, cluster) for cluster in (1, 2)]
+    panels = (1, 2, 4, 8, 11, n // SPLIT_TILE_N)
+    found += [split_tiling(n, panel, clusters[-1]) for panel in panels]
+  # The first one has as many slots as fit; fewer keep fewer copies in flight.
+  found += [dataclasses.replace(turns, stages=turns.stages - fewer) for fewer in (1, 2)]
   return tuple(dict.fromkeys(found))
 
 
@@ -282,7 +305,7 @@ class Write:
 
   def scratch(self, tiling: Tiling) -> Sequence[Any]:
     """Return slots for results."""
-    return [pipeline.store_slots(1, (UNIT, UNIT), jnp.bfloat16)]
+    return [pipeline.store_slots((UNIT, UNIT), jnp.bfloat16)]
 
   def prefetch(self, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]) -> None:
     """Load nothing."""
@@ -294,15 +317,11 @@ class Write:
     [slots] = scratch
     for i, unit in enumerate(place.units):
       value = _part(acc, unit).astype(refs[0].dtype)
-      pipeline.store(slots.at[place.consumer], i, [(place.of(refs[0], unit), value)])
+      pipeline.store(slots.at[place.consumer], i, place.of(refs[0], unit), value)
 
 
 class WriteGelu(Write):
   """Epilogue that writes the product and its gelu_tanh."""
-
-  def scratch(self, tiling: Tiling) -> Sequence[Any]:
-    """Return slots for pairs of results."""
-    return [pipeline.store_slots(2, (UNIT, UNIT), jnp.bfloat16)]
 
   def finish(
     self, acc: jax.Array, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]
@@ -312,36 +331,37 @@ class WriteGelu(Write):
     for i, unit in enumerate(place.units):
       hidden = _part(acc, unit)
       results = zip(refs, (hidden, hidden * _gelu_gate(hidden)[0]), strict=True)
-      values = [(place.of(ref, unit), value.astype(ref.dtype)) for ref, value in results]
-      pipeline.store(slots.at[place.consumer], i, values)
+      for j, (ref, value) in enumerate(results):
+        value = value.astype(ref.dtype)
+        pipeline.store(slots.at[place.consumer], 2 * i + j, place.of(ref, unit), value)
 
 
 class WriteGeluBackward:
   """Epilogue of `matmul_gelu_backward`: hidden and row_weights come in, three results go out.
 
-  The whole tile of hidden is loaded during the products; d_hidden takes its place.
+  The first rows of hidden are loaded during the products, the others when the results, which take
+  the place of the inputs, have been written: the ring gets the memory that this spares.
   """
 
   def scratch(self, tiling: Tiling) -> Sequence[Any]:
     """Return room for weighted, hidden, the row weights and a barrier of these two."""
     return [
       pipeline.shared((pipeline.CONSUMERS, UNIT, tiling.tile_n), jnp.bfloat16),
-      pipeline.shared((pipeline.CONSUMERS, tiling.tile_m, tiling.tile_n), jnp.bfloat16),
-      plgpu.SMEM((pipeline.CONSUMERS, tiling.tile_m), jnp.float32),
+      pipeline.shared((pipeline.CONSUMERS, UNIT, tiling.tile_n), jnp.bfloat16),
+      plgpu.SMEM((pipeline.CONSUMERS, UNIT), jnp.float32),
       plgpu.Barrier(num_arrivals=2, num_barriers=pipeline.CONSUMERS),
     ]
 
   def prefetch(self, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]) -> None:
-    """Load hidden and the row weights."""
+    """Load the first rows."""
+    self._load(place, 0, refs, scratch)
+
+  def _load(self, place: Place, row: int, refs: Sequence[Ref], scratch: Sequence[Ref]) -> None:
+    """Load hidden and the row weights from a row of the tile on."""
     _, hidden, weights, loaded = (ref.at[place.consumer] for ref in scratch)
-    rows = pl.ds(place.row, place.num_rows)
     pipeline.wait_for_stores(0)
-    plgpu.copy_gmem_to_smem(
-      refs[0].at[rows, pl.ds(place.column, place.num_columns)],
-      hidden.at[: place.num_rows],
-      loaded,
-    )
-    plgpu.copy_gmem_to_smem(refs[1].at[rows], weights.at[: place.num_rows], loaded)
+    plgpu.copy_gmem_to_smem(place.wide(refs[0], row), hidden, loaded)
+    plgpu.copy_gmem_to_smem(place.rows(refs[1], row), weights, loaded)
 
   def finish(
     self, acc: jax.Array, place: Place, refs: Sequence[Ref], scratch: Sequence[Ref]
@@ -349,32 +369,30 @@ class WriteGeluBackward:
     """Write d_hidden, weighted and the sums over this tile's columns; these replace the inputs."""
     _, _, d_hidden_ref, weighted_ref, sums_ref = refs
     weighted, hidden, weights, loaded = (ref.at[place.consumer] for ref in scratch)
-    plgpu.barrier_wait(loaded)
     for row in range(0, place.num_rows, UNIT):
-      rows = slice(row, row + UNIT)
-      row_weights = plgpu.layout_cast(weights[rows], plgpu.Layout.WGMMA.reduce(1))
+      if row:
+        self._load(place, row, refs, scratch)
+      plgpu.barrier_wait(loaded)
+      row_weights = plgpu.layout_cast(weights[...], plgpu.Layout.WGMMA.reduce(1))
       row_weights = lax.broadcast_in_dim(row_weights, (UNIT, UNIT), (0,))
       total = jnp.float32(0)
       for column in range(0, place.num_columns, UNIT):
         columns = slice(column, column + UNIT)
-        x = plgpu.layout_cast(hidden[rows, columns], plgpu.Layout.WGMMA).astype(jnp.float32)
+        x = plgpu.layout_cast(hidden[:, columns], plgpu.Layout.WGMMA).astype(jnp.float32)
         gate, slope = _gelu_gate(x)
-        a, u = x * gate, acc[rows, columns]
+        a, u = x * gate, acc[row : row + UNIT, columns]
         total += jnp.sum(a * u, axis=1)
-        # gelu' = gate + x gate', where gate = sigmoid(2 z) and so gate' = 2 z' gate (1 - gate).
-        d_hidden = (gate + a * (1 - gate) * (2 * slope)) * row_weights * u
-        hidden[rows, columns] = d_hidden.astype(jnp.bfloat16)
-        if column == 0:
-          pipeline.wait_for_stores(0)
+        # gelu' = gate + x gate', where gate = sigmoid(2 z) and so gate' = (2 z)' gate (1 - gate).
+        d_hidden = (gate + a * (1 - gate) * slope) * row_weights * u
+        hidden[:, columns] = d_hidden.astype(jnp.bfloat16)
         weighted[:, columns] = (a * row_weights).astype(jnp.bfloat16)
-      weights[rows] = total
-      destination = (pl.ds(place.row + row, UNIT), pl.ds(place.column, place.num_columns))
+      weights[...] = total
       column_tile = lax.div(place.column, jnp.int32(place.num_columns))
       pipeline.copy_out(
         [
-          (hidden.at[rows], d_hidden_ref.at[destination]),
-          (weighted, weighted_ref.at[destination]),
-          (weights.at[rows], sums_ref.at[column_tile, destination[0]]),
+          (hidden, place.wide(d_hidden_ref, row)),
+          (weighted, place.wide(weighted_ref, row)),
+          (weights, place.rows(sums_ref.at[column_tile], row)),
         ]
       )
 
@@ -385,12 +403,12 @@ def _part(acc: jax.Array, unit: tuple[int, int]) -> jax.Array:
 
 
 def _gelu_gate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Return gate and dz/dx of gelu_tanh(x) = x gate, gate = (1 + tanh(z)) / 2 = sigmoid(2 z).
+  """Return gate and d(2 z)/dx of gelu_tanh(x) = x gate, gate = (1 + tanh(z)) / 2 = sigmoid(2 z).
 
   z = sqrt(2 / pi) (x + 0.044715 x^3). The reciprocal is the square of a reciprocal square root:
   that is one instruction, a division is many; tanh's fast form is too coarse where gate is small.
   """
   square = x * x
-  two_z = x * (square * (2 * GELU_SCALE * GELU_CUBIC) + 2 * GELU_SCALE)
-  root = lax.rsqrt(1 + lax.exp2(-LOG2_E * two_z))
-  return root * root, square * (3 * GELU_SCALE * GELU_CUBIC) + GELU_SCALE
+  exponent = x * (square * (-LOG2_E * 2 * GELU_SCALE * GELU_CUBIC) - LOG2_E * 2 * GELU_SCALE)
+  root = lax.rsqrt(1 + lax.exp2(exponent))
+  return root * root, square * (6 * GELU_SCALE * GELU_CUBIC) + 2 * GELU_SCALE

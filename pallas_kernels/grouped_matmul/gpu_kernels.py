@@ -37,8 +37,12 @@ class Place:
     """Return a unit's part of a reference [m, n]."""
     return ref.at[pl.ds(self.row + unit[0], UNIT), pl.ds(self.column + unit[1], UNIT)]
 
+  def wide(self, ref: Ref, row: int) -> Ref:
+    """Return the part of a reference [m, n] that units from `row` of the tile on have together."""
+    return ref.at[pl.ds(self.row + row, UNIT), pl.ds(self.column, self.num_columns)]
+
   def rows(self, ref: Ref, row: int) -> Ref:
-    """Return the part of a reference [m] that units from `row` of the tile on have."""
+    """Return the part of a reference [m] that these have."""
     return ref.at[pl.ds(self.row + row, UNIT)]
 
 
@@ -94,33 +98,51 @@ def by_rows(
     count = len(extra) + len(out_type)
     ring = Ring(tiling, *refs[count : count + 4])
     refs, scratch = refs[:count], refs[count + 4 :]
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, here = lax.axis_index("warpgroup"), pipeline.Here.find(tiling)
+
+    def pairs_of(tiles_m: jax.Array) -> jax.Array:
+      return lax.div(tiles_m + tiling.cluster - 1, jnp.int32(tiling.cluster))
 
     def sizes() -> tuple[jax.Array, jax.Array]:
       """Return the row tiles in use and how many tiles this block computes."""
       rows_end = starts_ref[g - 1] + sizes_ref[g - 1]
       tiles_m = lax.div(rows_end + tile_m - 1, jnp.int32(tile_m))
-      return tiles_m, pipeline.num_mine(tiles_m * (n // tile_n // tiling.cluster))
+      return tiles_m, here.num_mine(pairs_of(tiles_m) * (n // tile_n))
 
-    @pl.when(warpgroup == pipeline.CONSUMERS)
-    def produce() -> None:
-      plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
+    def tile_of(i: jax.Array, tiles_m: jax.Array) -> tuple[jax.Array, jax.Array]:
+      """Return (m, n) of this block's i-th tile. Without a neighbour, two compute the last one."""
+      tm, tn = pipeline.tile_of(here.mine(i), pairs_of(tiles_m), tiling, here.block)
+      return lax.min(tm, tiles_m - 1), tn
+
+    def group_of(tm: jax.Array) -> jax.Array:
+      return lax.div(info_ref[tm], jnp.int32(INFO_ROWS))
+
+    def load_all() -> None:
       tiles_m, num_tiles = sizes()
 
       def load(i: jax.Array, _: None) -> None:
-        tm, tn = pipeline.tile_of(pipeline.mine(i), tiles_m, tiling)
-        group = lax.div(info_ref[tm], jnp.int32(INFO_ROWS))
+        tm, tn = tile_of(i, tiles_m)
+        group = group_of(tm)
+        is_shared: jax.Array | bool = True
+        if tiling.cluster > 1:
+          neighbour = lax.min(lax.bitwise_or(tm, jnp.int32(1)), tiles_m - 1)
+          is_shared = group_of(lax.bitwise_and(tm, jnp.int32(-2))) == group_of(neighbour)
         rows, columns = pl.ds(tm * tile_m, tile_m), pl.ds(tn * tile_n, tile_n)
 
         def step(j: jax.Array, _: None) -> None:
           ks = pl.ds(j * STEP, STEP)
           rhs_slice = (group, columns, ks) if transpose_rhs else (group, ks, columns)
-          ring.load(i, i * k_steps + j, lhs_ref.at[rows, ks], rhs_ref.at[rhs_slice])
+          ring.load(i, i * k_steps + j, lhs_ref.at[rows, ks], rhs_ref.at[rhs_slice], is_shared)
 
         lax.fori_loop(0, k_steps, step, None)
 
       lax.fori_loop(0, num_tiles, load, None)
       ring.drain(num_tiles * k_steps)
+
+    @pl.when(warpgroup == pipeline.CONSUMERS)
+    def produce() -> None:
+      plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
+      pipeline.in_one_warp(load_all)
 
     @pl.when(warpgroup < pipeline.CONSUMERS)
     def consume() -> None:
@@ -146,7 +168,7 @@ def by_rows(
       def turn(j: jax.Array, _: None) -> None:
         """Compute a tile, or its first half if the last tile of a group has no more rows."""
         i = tiling.own_tile(j, warpgroup)
-        tm, tn = pipeline.tile_of(pipeline.mine(i), tiles_m, tiling)
+        tm, tn = tile_of(i, tiles_m)
         used = lax.rem(info_ref[tm], jnp.int32(INFO_ROWS))
         place = tm * tile_m, tn * tile_n
         if tiling.own_rows <= STEP:
@@ -193,8 +215,8 @@ def by_groups(
   """
   (m, k), n, g = lhs.shape, rhs.shape[1], group_sizes.shape[0]
   tile_m, tile_n = tiling.tile_m, tiling.tile_n
-  tiles_m = k // tile_m
-  tiles_group = tiles_m * (n // tile_n // tiling.cluster)
+  tiles_m = k // tile_m // tiling.cluster
+  tiles_group = tiles_m * (n // tile_n)
   store_n = 128 // jnp.dtype(out_dtype).itemsize  # What a store of one swizzled row holds.
 
   def body(
@@ -203,27 +225,26 @@ def by_groups(
     starts_ref: Ref,
     sizes_ref: Ref,
     order_ref: Ref,
+    extra_ref: Ref,
     out_ref: Ref,
     *refs: Ref,
   ) -> None:
-    ring, slots = Ring(tiling, *refs[:4]), refs[4]
-    warpgroup = lax.axis_index("warpgroup")
-    num_tiles = pipeline.num_mine(g * tiles_group)
+    ring, slots, cleared = Ring(tiling, *refs[:4]), refs[4], refs[5]
+    warpgroup, here = lax.axis_index("warpgroup"), pipeline.Here.find(tiling)
+    deal = pipeline.Deal(here, g * tiles_group, tiles_group, extra_ref[0])
+    num_tiles = deal.num_mine()
 
-    def steps_of(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-      """Return the rank and size of the i-th tile's group and how many slices it has."""
-      rank = lax.div(pipeline.mine(i), jnp.int32(tiles_group))
+    def tile_at(i: jax.Array) -> tuple[jax.Array, ...]:
+      """Return the i-th tile's group, how many slices that has, and the tile's (m, n) in it."""
+      rank = lax.div(deal.mine(i), jnp.int32(tiles_group))
       group = order_ref[lax.min(rank, jnp.int32(g - 1))]
-      size = sizes_ref[group]
-      return rank, group, lax.max(lax.div(size + STEP - 1, jnp.int32(STEP)), jnp.int32(1))
+      steps = lax.max(lax.div(sizes_ref[group] + STEP - 1, jnp.int32(STEP)), jnp.int32(1))
+      index = deal.mine(i) - rank * tiles_group
+      return group, steps, *pipeline.tile_of(index, tiles_m, tiling, here.block)
 
-    @pl.when(warpgroup == pipeline.CONSUMERS)
-    def produce() -> None:
-      plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
-
+    def load_all() -> None:
       def load(i: jax.Array, first: jax.Array) -> jax.Array:
-        rank, group, steps = steps_of(i)
-        tm, tn = pipeline.tile_of(pipeline.mine(i) - rank * tiles_group, tiles_m, tiling)
+        group, steps, tm, tn = tile_at(i)
         start = lax.min(starts_ref[group], jnp.int32(m - STEP))
 
         def step(j: jax.Array, _: None) -> None:
@@ -240,46 +261,59 @@ def by_groups(
 
       ring.drain(lax.fori_loop(0, num_tiles, load, jnp.int32(0)))
 
+    @pl.when(warpgroup == pipeline.CONSUMERS)
+    def produce() -> None:
+      plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
+      pipeline.in_one_warp(load_all)
+
     @pl.when(warpgroup < pipeline.CONSUMERS)
     def consume() -> None:
       plgpu.set_max_registers(pipeline.CONSUMER_REGISTERS, action="increase")
 
-      def operands(lhs_slice: Ref, rhs_slice: Ref) -> tuple[Ref, Ref]:
-        return pipeline.transpose(lhs_slice), rhs_slice
+      first_row = tiling.own_part(warpgroup)
+      own_rows: Any = slice(None)
+      own_columns: Any = slice(None)
+      if tiling.split:
+        width = tile_n // pipeline.CONSUMERS
+        own_rows, own_columns = pl.ds(first_row, tiling.own_rows), pl.ds(warpgroup * width, width)
 
-      def compute(i: jax.Array, first: jax.Array) -> jax.Array:
-        rank, group, steps = steps_of(i)
-        tm, tn = pipeline.tile_of(pipeline.mine(i) - rank * tiles_group, tiles_m, tiling)
+      def operands(lhs_slice: Ref, rhs_slice: Ref) -> tuple[Ref, Ref]:
+        return pipeline.transpose(lhs_slice.at[:, own_rows]), rhs_slice
+
+      def compute(tile: tuple[jax.Array, ...], first: jax.Array) -> None:
+        group, steps, tm, tn = tile
         used = sizes_ref[group] - (steps - 1) * STEP
 
         def prepare(j: jax.Array, slot: jax.Array) -> None:
           @pl.when((j == steps - 1) & (used < STEP))
           def clear() -> None:
-            _clear_rows(ring.lhs.at[slot], used)
-            _clear_rows(ring.rhs.at[slot], used)
+            _clear_rows(ring.lhs.at[slot, :, own_rows], used)
+            _clear_rows(ring.rhs.at[slot, :, own_columns], used)
             plgpu.commit_smem()
+            if tiling.split:  # Each has cleared half of what both will read.
+              plgpu.barrier_arrive(cleared)
+              plgpu.barrier_wait(cleared)
 
         def product(acc: Ref) -> jax.Array:
           ring.multiply(acc, warpgroup, first, steps, operands, prepare)
           return acc[...]
 
-        acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((tile_m, tile_n), jnp.float32))
-        units = itertools.product(range(0, tile_m, UNIT), range(0, tile_n, store_n))
+        shape = (tiling.own_rows, tile_n)
+        acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+        units = itertools.product(range(0, tiling.own_rows, UNIT), range(0, tile_n, store_n))
         for j, (row, column) in enumerate(units):
-          rows, columns = pl.ds(tm * tile_m + row, UNIT), pl.ds(tn * tile_n + column, store_n)
+          rows = pl.ds(tm * tile_m + first_row + row, UNIT)
+          columns = pl.ds(tn * tile_n + column, store_n)
           part = acc[row : row + UNIT, column : column + store_n].astype(out_dtype)
-          pipeline.store(slots.at[warpgroup], j, [(out_ref.at[group, rows, columns], part)])
-        return first + steps
+          pipeline.store(slots.at[warpgroup], j, out_ref.at[group, rows, columns], part)
 
-      def turn(j: jax.Array, first: jax.Array) -> jax.Array:
-        i = j * pipeline.CONSUMERS + warpgroup
-        # The other consumer's tile comes before (for the second) or after (for the first).
-        before = lax.select(warpgroup == 1, steps_of(lax.max(i - 1, jnp.int32(0)))[2], jnp.int32(0))
-        after = lax.select(warpgroup == 0, steps_of(i + 1)[2], jnp.int32(0))
-        return compute(i, first + before) + after
+      def turn(i: jax.Array, first: jax.Array) -> jax.Array:
+        tile = tile_at(i)
+        is_own = tiling.split or lax.rem(i, jnp.int32(pipeline.CONSUMERS)) == warpgroup
+        pl.when(is_own)(lambda: compute(tile, first))
+        return first + tile[1]
 
-      turns = lax.div(num_tiles + pipeline.CONSUMERS - 1 - warpgroup, jnp.int32(pipeline.CONSUMERS))
-      lax.fori_loop(0, turns, turn, jnp.int32(0))
+      lax.fori_loop(0, num_tiles, turn, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
 
   kernel = plgpu.kernel(
@@ -287,11 +321,13 @@ def by_groups(
     out_type=jax.ShapeDtypeStruct((g, k, n), out_dtype),
     scratch_types=(
       *Ring.scratch(tiling, (STEP, tile_m), (STEP, tile_n), lhs.dtype),
-      pipeline.store_slots(1, (UNIT, store_n), out_dtype),
+      pipeline.store_slots((UNIT, store_n), out_dtype),
+      plgpu.Barrier(num_arrivals=pipeline.CONSUMERS),
     ),
     **pipeline.launch(tiling),
   )
-  return kernel(lhs, rhs, starts, group_sizes, _longest_first(group_sizes))
+  order, extra = schedule(group_sizes, tiles_group, pipeline.num_clusters(tiling))
+  return kernel(lhs, rhs, starts, group_sizes, order, extra)
 
 
 def _clear_rows(ref: Ref, used: jax.Array) -> None:
@@ -301,9 +337,28 @@ def _clear_rows(ref: Ref, used: jax.Array) -> None:
   ref[...] = jnp.where(row < used, values, jnp.zeros_like(values))
 
 
-def _longest_first(sizes: jax.Array) -> jax.Array:
-  """Return int32 [g]: the groups in order of falling size, without the cost of a sort."""
+def schedule(sizes: jax.Array, tiles: int, clusters: int) -> tuple[jax.Array, jax.Array]:
+  """Return the groups' order for `pipeline.Deal` and its extra tiles.
+
+  Each group has as many tiles.
+
+  Returns:
+    int32 [g], the groups by falling size, without the cost of a sort. int32 [1], how many of the
+    tiles after the longest group's are together as long as one of these.
+  """
   index = jnp.arange(len(sizes), dtype=jnp.int32)
   tie = (sizes[None] == sizes[:, None]) & (index[None] < index[:, None])
-  rank = jnp.sum((sizes[None] > sizes[:, None]) | tie, axis=1)
-  return jnp.sum(jnp.where(rank[None] == index[:, None], index[None], 0), axis=1, dtype=jnp.int32)
+  is_before = (sizes[None] > sizes[:, None]) | tie
+  rank = jnp.sum(is_before, axis=1)
+  order = jnp.sum(jnp.where(rank[None] == index[:, None], index[None], 0), axis=1, dtype=jnp.int32)
+  left_out = pipeline.Deal.left_out(tiles, clusters)
+  if not left_out:
+    return order, jnp.zeros(1, jnp.int32)
+  steps = jnp.maximum(sizes, 1).astype(jnp.float32) / STEP
+  longest = jnp.max(steps)
+  done = jnp.sum(jnp.where(is_before, steps[None], 0), axis=1) - longest
+  found = jnp.where(rank > 0, jnp.clip((left_out * longest / tiles - done) / steps, 0, 1), 0)
+  extra = jnp.minimum(
+    jnp.round(jnp.sum(found) * tiles / left_out), (len(sizes) - 1) * tiles // left_out
+  )
+  return order, extra.astype(jnp.int32)[None]

@@ -5,8 +5,8 @@ operands into a ring of slots, tile after tile. Two consumers take turns: each c
 other tile of the block, so that one writes its result while the other keeps the tensor cores busy.
 Or they split: each computes half of the rows of every tile. The tile can then be twice as wide,
 which takes a fifth off the traffic of shared memory, and power with it, but nothing hides the
-writing of results. Blocks in clusters of two compute neighbouring tiles along n and share their
-slices of lhs.
+writing of results. Blocks in clusters of two compute neighbouring tiles along m and share their
+slices of rhs.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Tiling:
   tile_n: int
   stages: int  # Slots of the ring.
   panel: int  # Tiles along n that are computed side by side before the next tile along m.
-  cluster: int  # Blocks (1 or 2) that share slices of lhs.
+  cluster: int  # Blocks (1 or 2), neighbours along m, that share slices of rhs.
   split: bool = False  # Whether consumers compute half of every tile, not every other tile.
 
   @property
@@ -61,12 +61,16 @@ class Tiling:
     return turn if self.split else turn * CONSUMERS + warpgroup
 
 
+def num_clusters(tiling: Tiling) -> int:
+  """Return how many clusters fill the device of the mesh in context."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (getattr(device, "num_cores", None) or MULTIPROCESSORS) // tiling.cluster
+
+
 def launch(tiling: Tiling) -> dict[str, Any]:
   """Return the arguments of `plgpu.kernel` that say what runs."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  blocks = getattr(device, "num_cores", None) or MULTIPROCESSORS
   arguments = {
-    "grid": (blocks // tiling.cluster,),
+    "grid": (num_clusters(tiling),),
     "grid_names": ("cluster",),
     "num_threads": CONSUMERS + 1,
     "thread_name": "warpgroup",
@@ -79,6 +83,14 @@ def launch(tiling: Tiling) -> dict[str, Any]:
   if tiling.cluster > 1:
     arguments |= {"cluster": (tiling.cluster,), "cluster_names": ("block",)}
   return arguments
+
+
+def in_one_warp(function: Callable[[], None]) -> None:
+  """Run a function of a warpgroup in its first warp, the others idle.
+
+  A warpgroup issues everything four times: copying a slice would take as long as its products.
+  """
+  plgpu.warp_map(lambda warp: pl.when(warp == 0)(function))
 
 
 def shared(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
@@ -137,8 +149,13 @@ class Ring:
   def _full(self, consumer: jax.Array, slot: jax.Array) -> Ref:
     return self.full.at[slot if self.tiling.split else consumer * self.tiling.stages + slot]
 
-  def load(self, tile: jax.Array, step: jax.Array, lhs: Ref, rhs: Ref) -> None:
-    """Copy a slice of the block's tile-th tile from global memory, once its slot is free."""
+  def load(
+    self, tile: jax.Array, step: jax.Array, lhs: Ref, rhs: Ref, is_shared: jax.Array | bool = True
+  ) -> None:
+    """Copy a slice of the block's tile-th tile from global memory, once its slot is free.
+
+    Where all blocks of the cluster need the same slice of rhs, each copies a part of it to all.
+    """
     slot = self.slot(step)
     full = self._full(lax.rem(tile, jnp.int32(CONSUMERS)), slot)
 
@@ -146,9 +163,15 @@ class Ring:
     def wait() -> None:
       plgpu.barrier_wait(self.empty.at[slot])
 
-    axes = ("block",) if self.tiling.cluster > 1 else None
-    plgpu.copy_gmem_to_smem(lhs, self.lhs.at[slot], full, collective_axes=axes)
-    plgpu.copy_gmem_to_smem(rhs, self.rhs.at[slot], full)
+    plgpu.copy_gmem_to_smem(lhs, self.lhs.at[slot], full)
+
+    def load_rhs(axes: str | None) -> None:
+      plgpu.copy_gmem_to_smem(rhs, self.rhs.at[slot], full, collective_axes=axes)
+
+    if self.tiling.cluster > 1:
+      lax.cond(is_shared, lambda: load_rhs("block"), lambda: load_rhs(None))
+    else:
+      load_rhs(None)
 
   def drain(self, num_steps: jax.Array) -> None:
     """Wait until all slices are consumed: a block must not end while its neighbour writes to it."""
@@ -189,49 +212,116 @@ class Ring:
     plgpu.barrier_arrive(self.empty.at[self.slot(first + num_steps - 1)])
 
 
+@dataclasses.dataclass(frozen=True)
+class Here:
+  """Which cluster of how many, and which block of it, runs this program."""
+
+  clusters: int
+  cluster: jax.Array
+  block: jax.Array
+
+  @staticmethod
+  def find(tiling: Tiling) -> "Here":
+    """Ask for it; one warp alone could not."""
+    block = lax.axis_index("block") if tiling.cluster > 1 else jnp.int32(0)
+    return Here(lax.axis_size("cluster"), lax.axis_index("cluster"), block)
+
+  def num_mine(self, num_cluster_tiles: jax.Array) -> jax.Array:
+    """Return how many of cluster tiles that are dealt in turn are this cluster's."""
+    left = num_cluster_tiles - self.cluster
+    return lax.div(left + self.clusters - 1, jnp.int32(self.clusters))
+
+  def mine(self, i: jax.Array) -> jax.Array:
+    """Return the number of this cluster's i-th tile of those."""
+    return self.cluster + i * self.clusters
+
+
 def tile_of(
-  index: jax.Array, tiles_m: jax.Array | int, tiling: Tiling
+  index: jax.Array, rows: jax.Array | int, tiling: Tiling, block: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Return (m, n) of this block's tile in the index-th cluster tile.
+  """Return (m, n) of a block's tile in the index-th cluster tile; `rows` of these along m.
 
   The order is panels along n, within one along m, every other reversed. Tiles that run at the same
   time then share few rows and the columns of one panel; the next panel begins with the last rows.
   """
-  tiles_m = jnp.asarray(tiles_m, jnp.int32)
-  width = jnp.int32(tiling.panel // tiling.cluster)
-  panel = lax.div(index, tiles_m * width)
-  within = index - panel * tiles_m * width
-  m = lax.div(within, width)
-  n = panel * width + within - m * width
-  if tiling.cluster > 1:
-    n = n * tiling.cluster + lax.axis_index("block")
-  return lax.select(lax.rem(panel, jnp.int32(2)) == 0, m, tiles_m - 1 - m), n
+  rows, width = jnp.asarray(rows, jnp.int32), jnp.int32(tiling.panel)
+  panel = lax.div(index, rows * width)
+  within = index - panel * rows * width
+  row = lax.div(within, width)
+  n = panel * width + within - row * width
+  m = lax.select(lax.rem(panel, jnp.int32(2)) == 0, row, rows - 1 - row)
+  return m * tiling.cluster + block if tiling.cluster > 1 else m, n
 
 
-def num_mine(num_cluster_tiles: jax.Array | int) -> jax.Array:
-  """Return how many tiles this block computes."""
-  clusters = jnp.int32(lax.axis_size("cluster"))
-  left = jnp.asarray(num_cluster_tiles, jnp.int32) - lax.axis_index("cluster")
-  return lax.div(left + clusters - 1, clusters)
+@dataclasses.dataclass(frozen=True)
+class Deal:
+  """Which of `total` cluster tiles, numbered by falling length, each cluster computes.
+
+  Tiles are dealt in turn, the first `longest`, all of one length, always in the same direction.
+  Clusters that got one of them less then get `extra` tiles each to make up for it. All others are
+  dealt in alternating directions, so that no cluster always gets the shorter one.
+  """
+
+  here: Here
+  total: int
+  longest: int
+  extra: jax.Array
+
+  @staticmethod
+  def left_out(longest: int, clusters: int) -> int:
+    """Return how many clusters get one of the first tiles less."""
+    return -longest % clusters
+
+  @property
+  def _head(self) -> jax.Array:
+    """Tiles of this cluster before those dealt in alternating directions."""
+    rounds, more = divmod(self.longest, self.here.clusters)
+    if not more:
+      return jnp.int32(rounds)
+    return rounds + lax.select(self.here.cluster < more, jnp.int32(1), self.extra)
+
+  @property
+  def _tail(self) -> jax.Array:
+    """First of the tiles that are dealt in alternating directions."""
+    return self.longest + self.left_out(self.longest, self.here.clusters) * self.extra
+
+  def _place(self, round_: jax.Array) -> jax.Array:
+    last = self.here.clusters - 1
+    is_even = lax.rem(round_, jnp.int32(2)) == 0
+    return lax.select(is_even, self.here.cluster, last - self.here.cluster)
+
+  def num_mine(self) -> jax.Array:
+    """Return how many tiles this cluster computes."""
+    left = self.total - self._tail
+    rounds = lax.div(left, jnp.int32(self.here.clusters))
+    is_in_last = self._place(rounds) < left - rounds * self.here.clusters
+    return self._head + rounds + is_in_last.astype(jnp.int32)
+
+  def mine(self, i: jax.Array) -> jax.Array:
+    """Return the number of this cluster's i-th tile."""
+    clusters, cluster = self.here.clusters, self.here.cluster
+    rounds, more = divmod(self.longest, clusters)
+    ahead = lax.select(
+      (i < rounds) | (cluster < more),
+      i * clusters + cluster,
+      self.longest + (i - rounds) * (clusters - more) + cluster - more,
+    )
+    round_ = i - self._head
+    behind = self._tail + round_ * clusters + self._place(round_)
+    return lax.select(round_ < 0, ahead, behind)
 
 
-def mine(i: jax.Array) -> jax.Array:
-  """Return the number of this block's i-th tile among all tiles of clusters."""
-  return lax.axis_index("cluster") + i * jnp.int32(lax.axis_size("cluster"))
+def store_slots(shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> Any:
+  """Return the scratch type of every consumer's slots for `store`."""
+  return shared((CONSUMERS, STORE_ROUNDS, *shape), dtype)
 
 
-def store_slots(num: int, shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> Any:
-  """Return the scratch type of every consumer's slots for `store` of `num` values at once."""
-  return shared((CONSUMERS, STORE_ROUNDS, num, *shape), dtype)
-
-
-def store(slots: Ref, turn: int, values: Sequence[tuple[Ref, jax.Array]]) -> None:
-  """Write values to references in global memory through slots that consecutive turns alternate."""
+def store(slots: Ref, turn: int, destination: Ref, value: jax.Array) -> None:
+  """Write a value to global memory through slots that consecutive turns alternate."""
   wait_for_stores(STORE_ROUNDS - 1)
-  slots = slots.at[turn % STORE_ROUNDS]
-  for i, (_, value) in enumerate(values):
-    slots.at[i][...] = value
-  copy_out([(slots.at[i], destination) for i, (destination, _) in enumerate(values)])
+  slot = slots.at[turn % STORE_ROUNDS]
+  slot[...] = value
+  copy_out([(slot, destination)])
 
 
 def wait_for_stores(but: int) -> None:
