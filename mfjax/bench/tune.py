@@ -22,7 +22,7 @@ from mfjax.config import ModelConfig
 from pallas_kernels import grouped_matmul as api
 from pallas_kernels.implementation import Implementation
 
-GAIN = 0.01  # Less than this is noise.
+GAIN = 0.03  # Less than this is noise: on an H200, the same kernel twice differed by 1.5 %.
 
 Fields = dict[str, int]
 

@@ -163,7 +163,8 @@ def test_group_sizes(shape):
 # Turns --------------------------------------------------------------------------------------------
 
 
-def test_alternatives_take_turns():
+def test_alternatives_take_turns(monkeypatch):
+  monkeypatch.setattr(timing, "_SLOW", float("inf"))  # These are too short to be compared.
   order = []
 
   def call(name):
@@ -171,11 +172,28 @@ def test_alternatives_take_turns():
 
   seconds = timing.take_turns({"a": call("a"), "b": call("b")}, repeats=3)
   assert set(seconds) == {"a", "b"}
-  # To compile and to find out how short they are, twice each; then turns of at most twenty calls.
+  # To compile and to find out how short they are, twice each; then turns of at most 100 calls.
   assert order[:8] == ["a", "wait"] * 2 + ["b", "wait"] * 2
   # Each is called for a while before it is timed: two hundred times if it is shorter than that.
-  a, b = ([*[name] * 200, "wait", *[name] * 20, "wait"] for name in ("a", "b"))
+  a, b = ([*[name] * 200, "wait", *[name] * 100, "wait"] for name in ("a", "b"))
   assert order[8:] == (a + b) * 3
+
+
+def test_much_slower_alternatives_take_turns_of_their_own(monkeypatch):
+  order = []
+  seconds_of = {"ours": 1e-3, "dense": 2e-3, "slow": 1e-1}
+
+  def seconds(call, count=1):
+    order.append(call.args[0])
+    return seconds_of[call.args[0]]
+
+  monkeypatch.setattr(timing.Call, "seconds", seconds)
+  calls = {name: timing.Call(lambda: None, (name,)) for name in seconds_of}
+  found = timing.take_turns(calls, repeats=2)
+  assert found == seconds_of
+  assert list(found) == list(calls)
+  turns = order[2 * len(calls) :: 2]  # One call before each that is timed.
+  assert turns == ["slow", "slow", "ours", "dense", "ours", "dense"]
 
 
 def test_an_alternative_that_cannot_is_named():
