@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from mfjax import transport
 from mfjax.config import Transport
 from mfjax.transport import Slices
-from pallas_kernels.grouped_matmul import group_starts, row_alignment
+from pallas_kernels.grouped_matmul import group_starts, row_alignment, take_rows
 from pallas_kernels.implementation import Implementation
 
 _COUNTED_TOGETHER = 256
@@ -63,11 +63,6 @@ def order_rows(expert_ids_S: jax.Array, num_experts: int, alignment: int) -> Row
   slot_of_row = jnp.full(num_rows, num_slots, jnp.int32)
   slot_of_row = slot_of_row.at[target_S].set(slot_S, mode="drop", unique_indices=True)
   return RowOrder(slot_of_row, jnp.where(has_expert_S, row_S, num_rows), group_sizes)
-
-
-def take(values: jax.Array, index: jax.Array) -> jax.Array:
-  """Gather rows; an index past the end gives zeros."""
-  return values.at[index].get(mode="fill", fill_value=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +215,23 @@ def _ragged_round(
   return jnp.where(is_filled, passed % mine, mine), Ragged(there, back)
 
 
+def _take(
+  values: jax.Array, index: jax.Array, exchange: Exchange, is_alone: bool = True
+) -> jax.Array:
+  """Gather rows; an index past the end gives zeros. If it is not alone, leave it to XLA to fuse."""
+  if values.ndim == 2 and is_alone:
+    return take_rows(values, index, implementation=exchange.implementation)
+  return values.at[index].get(mode="fill", fill_value=0)
+
+
 def to_experts(
-  values: jax.Array, plan: Plan, this: Round, exchange: Exchange, per_token: int = 1
+  values: jax.Array,
+  plan: Plan,
+  this: Round,
+  exchange: Exchange,
+  per_token: int = 1,
+  *,
+  is_alone: bool = True,
 ) -> jax.Array:
   """Return [R, ...]: the values of the slots in expert order; unused rows are unspecified.
 
@@ -229,33 +239,44 @@ def to_experts(
     values: [S // per_token, ...], one per slot, or one per token with `per_token` = K.
     plan: of the layer. this: the round. exchange: static.
     per_token: slots per value.
+    is_alone: whether a product reads the rows as they are; otherwise XLA fuses the gather with what
+      the caller does to them.
   """
   route = plan.route
   if isinstance(route, RowOrder):
-    return take(values, this.order.slot_of_row // per_token)
+    return _take(values, this.order.slot_of_row // per_token, exchange, is_alone)
   assert exchange.axis is not None
   if isinstance(this.sent, Ragged):
-    sorted_values = take(values, route.slot_of_place // per_token)
+    sorted_values = _take(values, route.slot_of_place // per_token, exchange)
     rows = buffer_rows(plan.expert_ids.shape[0], exchange)
     empty = jnp.zeros((rows, *values.shape[1:]), values.dtype)
     there = this.sent.there
     received = transport.send(sorted_values, empty, there, exchange.axis, exchange.transport)
   else:
     assert this.sent is not None
-    buffer = take(values, this.sent // per_token)
+    buffer = _take(values, this.sent // per_token, exchange)
     buffer = buffer.reshape(exchange.num_peers, -1, *values.shape[1:])
     received = transport.swap(buffer, exchange.axis).reshape(-1, *values.shape[1:])
-  return take(received, this.order.slot_of_row)
+  return _take(received, this.order.slot_of_row, exchange, is_alone)
 
 
 def to_home(
-  rows: jax.Array, plan: Plan, this: Round, exchange: Exchange, so_far: jax.Array | None
+  rows: jax.Array,
+  plan: Plan,
+  this: Round,
+  exchange: Exchange,
+  so_far: jax.Array | None,
+  *,
+  is_alone: bool = False,
 ) -> jax.Array:
-  """Return [S, ...]: each slot's row; slots of other rounds keep `so_far`. See `settle`."""
+  """Return [S, ...]: each slot's row; slots of other rounds keep `so_far`. See `settle`.
+
+  `is_alone`: as in `to_experts`, said of the slots.
+  """
   route = plan.route
-  sent = take(rows, this.order.row_of_slot)
   if isinstance(route, RowOrder):
-    return sent
+    return _take(rows, this.order.row_of_slot, exchange, is_alone)
+  sent = _take(rows, this.order.row_of_slot, exchange)
   assert exchange.axis is not None
   if isinstance(this.sent, Ragged):
     if so_far is None:
@@ -269,7 +290,8 @@ def to_home(
   first = _before(sizes_P, 0) + this.number * route.window
   offset = route.place_of_slot - first[jnp.minimum(peer, exchange.num_peers - 1)]
   here = (offset >= 0) & (offset < route.window) & (peer < exchange.num_peers)
-  values = take(back, jnp.where(here, peer * capacity + offset, back.shape[0]))
+  place = jnp.where(here, peer * capacity + offset, back.shape[0])
+  values = _take(back, place, exchange, is_alone)
   if so_far is None:
     return values
   return jnp.where(here.reshape(-1, *(1,) * (rows.ndim - 1)), values, so_far)
@@ -280,4 +302,4 @@ def settle(values: jax.Array, plan: Plan, exchange: Exchange) -> jax.Array:
   is_padded = exchange.transport is Transport.PADDED
   if isinstance(plan.route, RowOrder) or is_padded:
     return values
-  return take(values, plan.route.place_of_slot)
+  return _take(values, plan.route.place_of_slot, exchange, is_alone=False)

@@ -94,14 +94,15 @@ class _Products:
     """Return rows that the backward pass should not exchange again; gathering them is cheap."""
     return None if self.exchange.axis is None else rows
 
-  def token_rows(self, x_TD: jax.Array) -> jax.Array:
-    return dispatch.to_experts(x_TD, self.plan, self.this, self.exchange, self.top_k)
+  def token_rows(self, x_TD: jax.Array, is_alone: bool = True) -> jax.Array:
+    options: dict[str, Any] = {"per_token": self.top_k, "is_alone": is_alone}
+    return dispatch.to_experts(x_TD, self.plan, self.this, self.exchange, **options)
 
-  def slot_rows(self, x_SF: jax.Array) -> jax.Array:
-    return dispatch.to_experts(x_SF, self.plan, self.this, self.exchange)
+  def slot_rows(self, x_SF: jax.Array, is_alone: bool = True) -> jax.Array:
+    return dispatch.to_experts(x_SF, self.plan, self.this, self.exchange, is_alone=is_alone)
 
-  def slots(self, rows: jax.Array, so_far: jax.Array | None) -> jax.Array:
-    return dispatch.to_home(rows, self.plan, self.this, self.exchange, so_far)
+  def slots(self, rows: jax.Array, so_far: jax.Array | None, is_alone: bool = False) -> jax.Array:
+    return dispatch.to_home(rows, self.plan, self.this, self.exchange, so_far, is_alone=is_alone)
 
   def matmul(self, rows: jax.Array, weights: jax.Array, transpose: bool = False) -> jax.Array:
     sizes = self.this.order.group_sizes
@@ -281,7 +282,8 @@ def _project_in(
   def run(index: jax.Array, q_SF: jax.Array | None, _: None) -> tuple[jax.Array, Any]:
     products = _Products(plan, index, layout)
     x_rows = products.token_rows(x_TD)
-    return products.slots(products.matmul(x_rows, w_full), q_SF), products.kept(x_rows)
+    q_rows = products.matmul(x_rows, w_full)
+    return products.slots(q_rows, q_SF, is_alone=True), products.kept(x_rows)
 
   q_SF, kept = _rounds(plan, layout, run)
   q_SF = _home(q_SF, plan, layout)
@@ -341,19 +343,21 @@ def _project_out_backward(layout: ExpertLayout, saved: Any, dy_TD: jax.Array) ->
   w_full = _gather(w, 2, layout, dtype)
 
   def run(index: jax.Array, sums: Any, o_rows: jax.Array | None) -> tuple[Any, None]:
-    u_SF, dw = sums or (None, None)
+    do_SF, dw = sums or (None, None)
     products = _Products(plan, index, layout)
-    dy_rows = products.token_rows(dy_TD)
-    o_rows = products.slot_rows(o_SF) if o_rows is None else o_rows
-    weighted = (o_rows * products.slot_rows(p_TK.reshape(-1))[:, None]).astype(dtype)
-    dw = products.outer(weighted, dy_rows, dw, w.dtype)
-    u_SF = products.slots(products.matmul(dy_rows, w_full, transpose=True), u_SF)
-    return (u_SF, dw), None
+    # XLA takes both in one pass, and the weights with them. In dy they reach both results.
+    p_rows = products.slot_rows(p_TK.reshape(-1))
+    dy_rows = (products.token_rows(dy_TD, is_alone=False) * p_rows[:, None]).astype(dtype)
+    o_rows = products.slot_rows(o_SF, is_alone=False) if o_rows is None else o_rows
+    dw = products.outer(o_rows, dy_rows, dw, w.dtype)
+    do_rows = products.matmul(dy_rows, w_full, transpose=True)
+    return (products.slots(do_rows, do_SF, is_alone=True), dw), None
 
-  (u_SF, dw), _ = _rounds(plan, layout, run, kept)
-  u_SF = _home(u_SF, plan, layout)
-  dp_TK = _dot(o_SF, u_SF).reshape(p_TK.shape)
-  do_SF = (u_SF * p_TK.reshape(-1, 1)).astype(dtype)
+  (do_SF, dw), _ = _rounds(plan, layout, run, kept)
+  do_SF = _home(do_SF, plan, layout)
+  # do = p u. A probability that underflowed to 0 passes no gradient on, nor does padding's weight.
+  dp_TK = _dot(o_SF, do_SF).reshape(p_TK.shape)
+  dp_TK = jnp.where(p_TK < jnp.finfo(jnp.float32).tiny, 0, dp_TK / p_TK)
   return do_SF, dp_TK, _scatter(dw, 2, layout, w.dtype), None
 
 

@@ -8,6 +8,7 @@ from pallas_kernels.grouped_matmul.api import (
   grouped_outer,
   resolve,
   row_alignment,
+  take_rows,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
   "grouped_outer",
   "resolve",
   "row_alignment",
+  "take_rows",
 ]

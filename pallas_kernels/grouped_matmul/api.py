@@ -151,6 +151,32 @@ def grouped_outer(
   return _kernels(implementation).outer(lhs, rhs, starts, group_sizes, **options)
 
 
+def take_rows(values: jax.Array, index: jax.Array, *, implementation: Implementation) -> jax.Array:
+  """Gather rows, as on the way to experts, and back.
+
+  Args:
+    values: [m, d], any dtype. index: int32 [r], not negative; m or more: a row of zeros.
+    implementation: who copies; never AUTO. All but Hopper's kernel leave it to XLA, which can fuse
+      it with what is done to the rows.
+
+  Returns:
+    [r, d] in values' dtype.
+
+  Raises:
+    ValueError: wrong ranks or dtypes. NotImplementedError: as in `grouped_matmul`.
+  """
+  if values.ndim != 2 or index.ndim != 1 or index.dtype != jnp.int32:
+    raise ValueError(
+      f"take_rows needs values [m, d] and int32 index [r]; got {values.shape} and {index.dtype} "
+      f"{index.shape}"
+    )
+  if implementation is Implementation.PALLAS_GPU:
+    from pallas_kernels.grouped_matmul import gpu_gather
+
+    return gpu_gather.take_rows(values, index)
+  return values.at[index].get(mode="fill", fill_value=0)
+
+
 def grouped_matmul_gelu(
   lhs: jax.Array,
   rhs: jax.Array,

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CONSUMERS = 2
+WARPS = 4  # Of a warpgroup.
 PRODUCER_REGISTERS = 40  # Of 504 that three warpgroups share, per thread.
 CONSUMER_REGISTERS = 232
 STEP = 64  # Contraction per slot of the ring: 128 bytes of bf16, the widest swizzle.
@@ -85,12 +86,17 @@ def launch(tiling: Tiling) -> dict[str, Any]:
   return arguments
 
 
+def each_warp(function: Callable[[jax.Array], None]) -> None:
+  """Run a function of a warp's number in each of a warpgroup's warps."""
+  plgpu.warp_map(function)
+
+
 def in_one_warp(function: Callable[[], None]) -> None:
   """Run a function of a warpgroup in its first warp, the others idle.
 
   A warpgroup issues everything four times: copying a slice would take as long as its products.
   """
-  plgpu.warp_map(lambda warp: pl.when(warp == 0)(function))
+  each_warp(lambda warp: pl.when(warp == 0)(function))
 
 
 def shared(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:

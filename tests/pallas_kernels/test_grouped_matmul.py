@@ -70,6 +70,16 @@ def test_wrong_shapes_and_dtypes_are_named():
     api.grouped_matmul_gelu_backward(x, w, jnp.ones((8, 5)), jnp.ones(8), sizes, **options)
 
 
+@pytest.mark.parametrize("implementation", PORTABLE)
+def test_rows_are_taken_by_index_and_those_past_the_end_are_zeros(implementation):
+  values = jnp.arange(12.0).reshape(4, 3).at[1].set(jnp.nan)
+  index = jnp.array([3, 4, 0, 3, 9], jnp.int32)
+  taken = api.take_rows(values, index, implementation=implementation)
+  np.testing.assert_array_equal(taken, [[9, 10, 11], [0] * 3, [0, 1, 2], [9, 10, 11], [0] * 3])
+  with pytest.raises(ValueError, match=r"int32 index \[r\]; got \(4, 3\) and float32 \(5,\)"):
+    api.take_rows(values, index.astype(jnp.float32), implementation=implementation)
+
+
 def test_choices_are_resolved_or_refused_by_name():
   shapes = ((2, 128, 256),)
   assert api.resolve(Implementation.AUTO, "cpu", jnp.float32, shapes) is Implementation.XLA

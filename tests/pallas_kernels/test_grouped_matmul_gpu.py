@@ -30,7 +30,7 @@ JAX_VERSION = tuple(map(int, jax.__version__.split(".")[:2]))
 def few_blocks(monkeypatch):
   """Return a function that says how many blocks run the kernels; the tests interpret them all."""
   if JAX_VERSION < (0, 11):  # It cannot interpret single warps: the whole warpgroup copies.
-    monkeypatch.setattr(gpu_pipeline, "in_one_warp", lambda function: function())
+    monkeypatch.setattr(gpu_pipeline, "each_warp", lambda function: function(jnp.int32(0)))
   return functools.partial(monkeypatch.setattr, gpu_pipeline, "MULTIPROCESSORS")
 
 

@@ -1,0 +1,70 @@
+"""Gather of rows on Hopper by the tensor memory accelerator alone: no register holds a value.
+
+A block of four warps copies its rows into shared memory, each warp a quarter of them, one copy per
+row, and out again with one copy. A multiprocessor runs several blocks, so that copies in and out
+overlap.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul import gpu_pipeline as pipeline
+from pallas_kernels.grouped_matmul.gpu_pipeline import Ref
+
+BLOCK_BYTES = 64 * 2**10
+MOST_ROWS = 64  # Of a block.
+WIDTHS = (256, 128)  # A copy moves [1, d / width, width]: at most 256 along each dimension.
+
+
+def take_rows(values: jax.Array, index: jax.Array) -> jax.Array:
+  """Return [r, d]: rows of values [m, d] by index int32 [r]; one past the end gives zeros.
+
+  Raises:
+    NotImplementedError: d is not a multiple of 128, or a few rows do not fit in shared memory.
+  """
+  (m, d), r = values.shape, index.shape[0]
+  row_bytes = d * values.dtype.itemsize
+  if d % WIDTHS[-1] or d == 0 or pipeline.WARPS * row_bytes > BLOCK_BYTES:
+    most = BLOCK_BYTES // pipeline.WARPS
+    raise NotImplementedError(
+      f"the GPU kernel of take_rows needs rows of a multiple of {WIDTHS[-1]} numbers, at most "
+      f"{most} bytes; got {d} of {values.dtype}: use xla"
+    )
+  width = next(width for width in WIDTHS if d % width == 0)
+  if r < pipeline.WARPS:
+    return take_rows(values, jnp.pad(index, (0, pipeline.WARPS - r)))[:r]
+  per_warp = min(BLOCK_BYTES // row_bytes, MOST_ROWS, r) // pipeline.WARPS
+  rows = pipeline.WARPS * per_warp
+
+  def body(values_ref: Ref, index_ref: Ref, out_ref: Ref, slots: Ref, loaded: Ref) -> None:
+    # The last block moves up to the end: another one writes some of its rows, too, the same.
+    first = lax.min(lax.axis_index("block") * rows, jnp.int32(r - rows))
+
+    def load(warp: jax.Array) -> None:
+      own = warp * per_warp
+      found = [index_ref[first + own + i] for i in range(per_warp)]
+      for i, row in enumerate(found):  # Copies fill what lies past the end with zeros.
+        slot = slots.at[pl.ds(own + i, 1)]
+        plgpu.copy_gmem_to_smem(values_ref.at[pl.ds(row, 1)], slot, loaded)
+
+    pipeline.each_warp(load)
+    plgpu.barrier_wait(loaded)
+    plgpu.copy_smem_to_gmem(slots, out_ref.at[pl.ds(first, rows)])
+    plgpu.wait_smem_to_gmem(0)
+
+  kernel = plgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((r, d // width, width), values.dtype),
+    scratch_types=(
+      plgpu.SMEM((rows, d // width, width), values.dtype),
+      plgpu.Barrier(num_arrivals=rows),
+    ),
+    grid=(-(-r // rows),),
+    grid_names=("block",),
+    num_threads=1,
+    thread_name="warpgroup",
+  )
+  return kernel(values.reshape(m, d // width, width), index).reshape(r, d)
