@@ -48,8 +48,8 @@ class Init(enum.Enum):
 class Remat(enum.Enum):
   """What the backward pass recomputes.
 
-  `none`: nothing. `selective`: what is cheap: norms, routers, the experts' last products. `full`:
-  everything but the layers' inputs.
+  `none`: nothing. `selective`: what is cheap: norms and the routers' activation, but no product.
+  `full`: everything but the layers' inputs.
   """
 
   NONE = "none"

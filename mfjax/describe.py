@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mfjax import devices, model, placement, sharding
-from mfjax.config import DType, ModelConfig, Placement, Remat, RunConfig
+from mfjax.config import DType, Gate, ModelConfig, Placement, Remat, RunConfig
 from mfjax.schema import flatten
 
 _FLOAT32_BYTES = 4
@@ -187,11 +187,12 @@ def _kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, str]:
   picks = config.attention_top_k + config.ff_top_k
   hidden = config.ff_top_k * config.d_ff * width
   queries = config.attention_top_k * config.d_attention * width
+  gates = 0 if config.gate is Gate.LINEAR else 2 * config.d_gate * width
   residuals = 2 if remat is Remat.SELECTIVE else 6
-  total = residuals * residual + 2 * queries + hidden + 4 * picks * _INT32_BYTES
+  total = residuals * residual + gates + 2 * queries + hidden + 4 * picks * _INT32_BYTES
   return total, (
-    f"{width} ({residuals} d_model + 2 attention_top_k d_attention + ff_top_k d_ff)"
-    " + 16 (attention_top_k + ff_top_k)"
+    f"{width} ({residuals} d_model + {'2 d_gate + ' if gates else ''}"
+    "2 attention_top_k d_attention + ff_top_k d_ff) + 16 (attention_top_k + ff_top_k)"
   )
 
 

@@ -21,7 +21,7 @@ from mfjax.attention import SAVED_ATTENTION, AttentionExperts, Cache
 from mfjax.config import KernelConfig, MeshConfig, ModelConfig, Remat
 from mfjax.experts import SAVED_HIDDEN, SAVED_PLAN, SAVED_QUERY, FeedForwardExperts
 from mfjax.layers import LayerNorm, dropout, embed, normal, parameter
-from mfjax.router import SAVED_CHOICE, RouterStatistics
+from mfjax.router import SAVED_CHOICE, SAVED_GATE, RouterStatistics
 from mfjax.sharding import AXES, BATCH, Axes, gathered, spec
 from pallas_kernels.precision import matmul_precision
 from pallas_kernels.stick_breaking import SAVED
@@ -155,7 +155,7 @@ def _rematerialised(body: Any, remat: Remat) -> Any:
     return body
   saved = []
   if remat is Remat.SELECTIVE:
-    saved = [SAVED_RESIDUAL, SAVED_CHOICE, SAVED_HIDDEN, SAVED_PLAN, SAVED_QUERY]
+    saved = [SAVED_RESIDUAL, SAVED_GATE, SAVED_CHOICE, SAVED_HIDDEN, SAVED_PLAN, SAVED_QUERY]
     saved += [SAVED_ATTENTION, SAVED]
   policy = jax.checkpoint_policies.save_only_these_names(*saved)
   return jax.checkpoint(body, policy=policy, prevent_cse=False)

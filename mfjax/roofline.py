@@ -111,7 +111,7 @@ def assumptions(config: RunConfig, facts: DeviceFacts) -> list[str]:
   """Return what the bounds rest on, a sentence each."""
   again = {
     Remat.NONE: "computes nothing again",
-    Remat.SELECTIVE: "computes routers and norms again",
+    Remat.SELECTIVE: "computes no product again",
     Remat.FULL: "computes the attention layer and half of the feed-forward layer again",
   }[config.train.remat]
   dcn = "unknown" if facts.dcn_bandwidth is None else f"{facts.dcn_bandwidth / 1e9:.4g} GB/s"
@@ -211,7 +211,7 @@ def _flops(config: RunConfig, kinds: dict[str, _Kind]) -> float:
   forward = sum(products.values()) + core + gate + kv
   again = {
     Remat.NONE: 0.0,
-    Remat.SELECTIVE: gate,
+    Remat.SELECTIVE: 0.0,
     Remat.FULL: products["attention"] + products["ff"] / 2 + core + gate + kv,
   }[remat]
   lm_head = 2 * model.d_model * model.padded_vocab_size

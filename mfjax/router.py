@@ -3,7 +3,6 @@
 Shapes: B batch rows, T positions, D d_model, G d_gate, N experts, K experts chosen per token.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mfjax.config import Gate, ModelConfig
 from mfjax.layers import dropout, linear, normal, parameter
 
-SAVED_CHOICE = "router_choice"
+SAVED_CHOICE, SAVED_GATE = "router_choice", "router_gate"
 
 
 class RouterStatistics(NamedTuple):
@@ -76,20 +75,26 @@ class Router(nnx.Module):
     ids_BTK = checkpoint_name(self._choose(probs_BTN, sample_key), SAVED_CHOICE)
     ids_BTK = jnp.where(is_token_BT[:, :, None], ids_BTK, self.num_experts)
     weights_BTK, sums = _gate(logits_BTN, ids_BTK, is_token_BT)
+    weights_BTK = checkpoint_name(weights_BTK, SAVED_CHOICE)
     tokens = is_token_BT.sum(dtype=jnp.float32)
     return Routing(ids_BTK, weights_BTK), RouterStatistics(tokens, *sums)
 
   def _logits(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Return float32 [B, T, N]; inputs of products in x's dtype, sums in float32."""
+    """Return float32 [B, T, N]; inputs of products in x's dtype, sums in float32.
+
+    The first product is kept for the backward pass: it is most of a router's work.
+    """
     dtype, gate = x_BTD.dtype, self.config.gate
     rows_NG = jnp.concatenate([rows[...] for _, rows in sorted(self.rows.items())])
     if gate is Gate.LINEAR:
       return linear(x_BTD, rows_NG.T, is_sharded=False)
-    z_BTG = linear(x_BTD, self.w1[...], is_sharded=True)
+    z_BTG = linear(x_BTD, self.w1[...], is_sharded=True).astype(dtype)
+    z_BTG = checkpoint_name(z_BTG, SAVED_GATE)
     if gate is Gate.GMM:
-      cosine = linear(_unit(z_BTG), _unit(rows_NG).T, is_sharded=False)
+      unit_BTG = _unit(z_BTG.astype(jnp.float32))
+      cosine = linear(unit_BTG, _unit(rows_NG).T, is_sharded=False)
       return cosine * jnp.exp(self.temperature[...])
-    a_BTG = _activation(dtype, z_BTG, self.b1[...])
+    a_BTG = _activation(z_BTG, self.b1[...])
     a_BTG = dropout(a_BTG, self.config.router_dropout, key)
     return linear(a_BTG, rows_NG.T, is_sharded=False)
 
@@ -180,26 +185,25 @@ def _gate_backward(saved: Any, cotangents: tuple[jax.Array, _Sums]) -> tuple[jax
 _gate.defvjp(_gate_forward, _gate_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _activation(dtype: Any, z_BTG: jax.Array, bias: jax.Array) -> jax.Array:
-  """Return GELU (erf) of float32 z + bias, rounded to `dtype`."""
-  return jax.nn.gelu(z_BTG + bias, approximate=False).astype(dtype)
+@jax.custom_vjp
+def _activation(z_BTG: jax.Array, bias: jax.Array) -> jax.Array:
+  """Return GELU (erf) of z + float32 bias, computed in float32, in z's dtype."""
+  return jax.nn.gelu(z_BTG + bias, approximate=False).astype(z_BTG.dtype)
 
 
-def _activation_forward(dtype: Any, z_BTG: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
-  return _activation(dtype, z_BTG, bias), (z_BTG, bias)
+def _activation_forward(z_BTG: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
+  return _activation(z_BTG, bias), (z_BTG, bias)
 
 
-def _activation_backward(dtype: Any, saved: Any, da_BTG: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Keep no float32 [B, T, G] beside z: both gradients come from dz as `linear` rounds it."""
+def _activation_backward(saved: Any, da_BTG: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keep no float32 [B, T, G]: the bias' gradient, too, comes from dz as it is rounded."""
   z_BTG, bias = saved
   x_BTG = z_BTG + bias
   below = 0.5 * jax.lax.erfc(-math.sqrt(0.5) * x_BTG)
   density = jnp.exp(-0.5 * jnp.square(x_BTG)) / math.sqrt(2 * math.pi)
-  dz_BTG = ((below + x_BTG * density) * da_BTG).astype(dtype)
-  # The barrier makes XLA write it rounded, once.
-  dz_BTG = jax.lax.optimization_barrier(dz_BTG).astype(jnp.float32)
-  return dz_BTG, dz_BTG.sum((0, 1))
+  dz_BTG = ((below + x_BTG * density) * da_BTG).astype(z_BTG.dtype)
+  dz_BTG = jax.lax.optimization_barrier(dz_BTG)  # XLA writes it rounded, once.
+  return dz_BTG, dz_BTG.sum((0, 1), dtype=jnp.float32)
 
 
 _activation.defvjp(_activation_forward, _activation_backward)

@@ -75,7 +75,7 @@ def test_recomputation_costs_compute_but_no_model_flops():
   for remat in Remat:
     changed = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
     found[remat] = roofline.roofline(changed, 8, SIZES, FACTS, [])
-  assert found[Remat.NONE].compute < found[Remat.SELECTIVE].compute < found[Remat.FULL].compute
+  assert found[Remat.NONE].compute == found[Remat.SELECTIVE].compute < found[Remat.FULL].compute
   assert len({bounds.model_flops for bounds in found.values()}) == 1
 
 

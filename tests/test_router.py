@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -109,10 +110,12 @@ def test_gate_has_the_values_and_gradients_of_the_plain_formulas():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 def test_activation_has_the_gradients_of_gelu(dtype, tolerance):
   keys = jax.random.split(jax.random.key(2), 3)
-  z, d_out = (2 * jax.random.normal(key, (2, 64, 16)) for key in keys[:2])
+  z, d_out = (2 * jax.random.normal(key, (2, 64, 16), dtype) for key in keys[:2])
   bias = jax.random.normal(keys[2], (16,))
-  value, back = jax.vjp(lambda z, b: router._activation(dtype, z, b), z, bias)
-  expected, plain = jax.vjp(lambda z, b: jax.nn.gelu(z + b, approximate=False), z, bias)
+  value, back = jax.vjp(router._activation, z, bias)
+  plain_gelu = functools.partial(jax.nn.gelu, approximate=False)
+  z, d_out = z.astype(jnp.float32), d_out.astype(jnp.float32)
+  expected, plain = jax.vjp(lambda z, b: plain_gelu(z + b), z, bias)
   assert value.dtype == dtype
   np.testing.assert_allclose(value.astype(jnp.float32), expected, rtol=tolerance, atol=1e-6)
   for name, a, b in zip(("z", "bias"), back(d_out.astype(dtype)), plain(d_out), strict=True):

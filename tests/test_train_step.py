@@ -106,6 +106,17 @@ def test_rematerialisation_changes_memory_alone(remat):
   np.testing.assert_allclose(tiny.losses(run.train(tiny.batches(3))), expected[:3], rtol=1e-6)
 
 
+def test_selective_rematerialisation_computes_no_product_again():
+  def recomputed(remat):
+    run = tiny.Run(tiny.run_config(train=TrainConfig(steps=20, remat=remat)))
+    batch = sharding.device_batch(run.mesh, tiny.batches(1)[0])
+    text = run.step.lower(run.state, batch).compile().as_text()
+    return re.findall(r" dot\(.*rematted_computation.*", text)
+
+  assert not recomputed(Remat.SELECTIVE)
+  assert recomputed(Remat.FULL), "the search for them finds none at all"
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_pallas_kernels_train_as_the_portable_path_does(sizes, monkeypatch):
   called = set()
