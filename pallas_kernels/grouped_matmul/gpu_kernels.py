@@ -15,6 +15,9 @@ from pallas_kernels.grouped_matmul import gpu_pipeline as pipeline
 from pallas_kernels.grouped_matmul.gpu_pipeline import STEP, Ref, Ring, Tiling
 
 UNIT = 64
+# What a tile takes beside its slices, in slices: on an H200 `outer` reaches 630 TFLOP/s with tiles
+# of 32 slices and 647 with tiles of 64.
+TILE_COST = 2
 INFO_ROWS = 256  # row_tile_info packs the rows in use below this base.
 
 
@@ -344,7 +347,7 @@ def schedule(sizes: jax.Array, tiles: int, clusters: int) -> tuple[jax.Array, ja
 
   Returns:
     int32 [g], the groups by falling size, without the cost of a sort. int32 [1], how many of the
-    tiles after the longest group's are together as long as one of these.
+    tiles after the longest group's take together as long as one of these.
   """
   index = jnp.arange(len(sizes), dtype=jnp.int32)
   tie = (sizes[None] == sizes[:, None]) & (index[None] < index[:, None])
@@ -354,10 +357,10 @@ def schedule(sizes: jax.Array, tiles: int, clusters: int) -> tuple[jax.Array, ja
   left_out = pipeline.Deal.left_out(tiles, clusters)
   if not left_out:
     return order, jnp.zeros(1, jnp.int32)
-  steps = jnp.maximum(sizes, 1).astype(jnp.float32) / STEP
-  longest = jnp.max(steps)
-  done = jnp.sum(jnp.where(is_before, steps[None], 0), axis=1) - longest
-  found = jnp.where(rank > 0, jnp.clip((left_out * longest / tiles - done) / steps, 0, 1), 0)
+  cost = jnp.ceil(jnp.maximum(sizes, 1) / STEP) + TILE_COST
+  longest = jnp.max(cost)
+  done = jnp.sum(jnp.where(is_before, cost[None], 0), axis=1) - longest
+  found = jnp.where(rank > 0, jnp.clip((left_out * longest / tiles - done) / cost, 0, 1), 0)
   extra = jnp.minimum(
     jnp.round(jnp.sum(found) * tiles / left_out), (len(sizes) - 1) * tiles // left_out
   )
