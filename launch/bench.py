@@ -2,7 +2,7 @@
 
   mfjax bench data [--data=DIR] [--sequence_length=2048]
   mfjax bench experts [--tokens=4096] [--d_model=512] [--d_ff=1024] [--num_experts=32] [--top_k=2]
-  mfjax bench kernels [--only=grouped_matmul,experts,stick_breaking,wide] [--shapes=...]
+  mfjax bench kernels [--only=grouped_matmul,gather,experts,stick_breaking,wide] [--shapes=...]
   mfjax bench kernels --target=v6e
   mfjax bench model --config=molm_350m_4b [--rows=16,64 --microbatches=1,4 --forward_rows=32]
   mfjax bench conversion --config=molm_350m_4b [--only=float32,bfloat16] [--scratch=DIR]
@@ -141,11 +141,12 @@ def bench_kernels() -> None:
     for section in sections:
       for row in kernels.measure(section, shapes[section], device, _REPEATS.value):
         report["rows"].append(dataclasses.asdict(row))
-        rate = row.flops / row.seconds
+        rate = (row.moved_bytes or row.flops) / row.seconds
         beside = "  ".join(f"{name} {t / row.seconds:.2f}" for name, t in row.beside.items())
+        share = "TB/s" if row.moved_bytes else f"{rate / ceiling:.1%}"
         _show(
           f"{row.operation:38} {row.shape:44} {row.seconds * 1e3:9.3f} {rate / 1e12:8.4g} "
-          f"{rate / ceiling:7.1%}  {beside}"
+          f"{share:>7}  {beside}"
         )
         missing |= {f"{name}: {why}": None for name, why in row.missing.items()}
   finally:  # What was measured before an error is not lost.

@@ -4,6 +4,7 @@ Every operation's result is compared with the oracle before it is timed. On a CP
 small, so that the command works anywhere; their times say nothing about an accelerator.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,7 +16,7 @@ from mfjax.bench import experts, grouped_matmul, stick_breaking
 from mfjax.bench.experts import ExpertShape
 from mfjax.bench.grouped_matmul import GroupedShape
 from mfjax.bench.stick_breaking import AttentionShape
-from mfjax.bench.timing import Comparison, matmul_ceiling
+from mfjax.bench.timing import Call, Comparison, compare, jit_local, matmul_ceiling
 from mfjax.config import MeshConfig
 from pallas_kernels import grouped_matmul as grouped_kernels
 from pallas_kernels import stick_breaking as stick_kernels
@@ -26,12 +27,14 @@ EARLY_EXIT_EPS = 2.0**-14
 # Each section's flag value means: the names of a shape's sizes, and the defaults.
 SHAPES = {
   "grouped_matmul": "MxKxNxG",
+  "gather": "MxDxR",
   "experts": "TOKENSxD_MODELxD_FFxEXPERTSxTOP_K",
   "stick_breaking": "BxHEADSxTxD",
   "wide": "BxSLOTSxTxD",
 }
 _DEFAULTS = {
   "grouped_matmul": ("65536x1024x2048x32", "131072x1024x2048x32", "32768x2048x5632x8"),
+  "gather": ("65536x1024x135168", "133120x1024x131072", "16384x1024x36864"),
   "experts": ("32768x1024x2048x32x2", "32768x1024x2048x32x4", "16384x2048x5632x8x2"),
   "stick_breaking": (
     *("64x32x512x64", "16x32x1024x64", "8x32x2048x64"),
@@ -41,6 +44,7 @@ _DEFAULTS = {
 }
 _CPU_DEFAULTS = {
   "grouped_matmul": ("1024x64x128x8",),
+  "gather": ("256x128x512",),
   "experts": ("256x64x128x8x2",),
   "stick_breaking": ("2x4x128x64",),
   "wide": ("2x2x128x256",),
@@ -97,6 +101,32 @@ def _grouped_matmul(
   yield from grouped_matmul.measure(shape, chosen, dtype, repeats)
 
 
+def _gather(sizes: tuple[int, ...], device: jax.Device, repeats: int) -> Iterator[Comparison]:
+  """Time the gather of r random rows of [m, d] beside a copy of as many bytes."""
+  m, d, r = sizes
+  dtype = jnp.dtype(_dtype(device))
+  chosen = grouped_kernels.resolve(Implementation.AUTO, device.platform, dtype, ((1, d, d),))
+  keys = jax.random.split(jax.random.key(0))
+  args = (jax.random.normal(keys[0], (m, d), dtype), jax.random.randint(keys[1], (r,), 0, m))
+  calls = {
+    choice: Call(
+      jit_local(functools.partial(grouped_kernels.take_rows, implementation=choice)), args
+    )
+    for choice in (chosen, Implementation.XLA)
+  }
+  results = [call.function(*args) for call in calls.values()]
+  assert all((result == results[-1]).all() for result in results), "the gather takes wrong rows"
+  half = jnp.ones(((m + r) // 2, d), dtype)
+  is_xla = chosen is Implementation.XLA
+  alternatives: dict[str, Call | str] = {
+    "xla": "it is what is measured" if is_xla else calls[Implementation.XLA],
+    "copy": Call(jax.jit(jnp.negative), (half,)),
+  }
+  moved = float((m + r) * d * dtype.itemsize)
+  name = f"{r} rows of {m} x {d}"
+  yield compare("gather", name, 0.0, calls[chosen], alternatives, repeats, moved)
+
+
 def _experts(sizes: tuple[int, ...], device: jax.Device, repeats: int) -> Iterator[Comparison]:
   tokens, d_model, d_ff, num_experts, top_k = sizes
   if top_k >= num_experts:
@@ -150,6 +180,7 @@ def _dtype(device: jax.Device) -> jax.typing.DTypeLike:
 
 _SECTIONS: dict[str, Callable[[tuple[int, ...], jax.Device, int], Iterator[Comparison]]] = {
   "grouped_matmul": _grouped_matmul,
+  "gather": _gather,
   "experts": _experts,
   "stick_breaking": _stick_breaking,
   "wide": _wide,

@@ -48,6 +48,7 @@ class Comparison:
   seconds: float
   beside: dict[str, float]  # alternative -> seconds
   missing: dict[str, str]  # alternative -> why it was not measured
+  moved_bytes: float = 0.0  # read and written, of an operation that only moves
 
 
 def take_turns(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:
@@ -90,6 +91,7 @@ def compare(
   call: Call,
   alternatives: Mapping[str, Call | str],
   repeats: int,
+  moved_bytes: float = 0.0,
 ) -> Comparison:
   """Time a call and what does the same work otherwise.
 
@@ -98,7 +100,7 @@ def compare(
     call: what is measured.
     alternatives: by name; a text instead of a call says why it cannot be measured. One that raises
       when it is first called is left out too, with the error's first line.
-    repeats: turns.
+    repeats: turns. moved_bytes: read and written, of an operation that only moves.
   """
   missing = {name: other for name, other in alternatives.items() if isinstance(other, str)}
   calls = {"": call}
@@ -118,6 +120,7 @@ def compare(
     seconds=seconds.pop(""),
     beside=seconds,
     missing=missing,
+    moved_bytes=moved_bytes,
   )
 
 

@@ -89,6 +89,17 @@ def test_kernels_print_a_table_and_write_json(mfjax, tmp_path):
   assert "not measured, torch: " in done.out
 
 
+def test_a_gather_is_shown_in_bytes_beside_a_copy(mfjax, tmp_path):
+  args = ("--only=gather", "--shapes=96x128x300", "--repeats=1")
+  done = mfjax("bench", "kernels", *args, "--json=k.json")
+  assert re.search(r"^gather +300 rows of 96 x 128 .* TB/s +copy \d", done.out, re.MULTILINE), (
+    done.err
+  )
+  [row] = json.loads((tmp_path / "k.json").read_text())["rows"]
+  assert row["moved_bytes"] == (96 + 300) * 128 * 4
+  assert set(row["beside"]) == {"copy"}
+
+
 def test_json_alone_on_request(mfjax):
   args = ("--only=wide", "--shapes=1x2x16x32", "--repeats=1")
   done = mfjax("bench", "kernels", *args, "--json=-")
