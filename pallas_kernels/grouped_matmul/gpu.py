@@ -153,7 +153,8 @@ def outer(
 ) -> jax.Array:
   """Return [g, k, n]: per group the sum over its rows of lhs [m, k]^T times rhs [m, n].
 
-  The sum is float32 and rounded once, to `out_dtype`.
+  The sum is float32 and rounded once, to `out_dtype`. Where rows hold an infinity it may be NaN
+  instead of infinite.
 
   Raises:
     NotImplementedError: another dtype than bf16, or k or n not a multiple of 128.

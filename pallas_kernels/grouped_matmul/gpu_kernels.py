@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from pallas_kernels.grouped_matmul import gpu_pipeline as pipeline
 from pallas_kernels.grouped_matmul.gpu_pipeline import STEP, Ref, Ring, Tiling
 
 UNIT = 64
-# What a tile takes beside its slices, in slices, a guess: in one run on an H200 `outer` reached 619
-# TFLOP/s with tiles of 32 slices and 647 with tiles of 64, which would be 3.
+# What a tile takes beside its slices, in slices. With half of all rows in one of 32 groups, 2 and 3
+# took the fewest cycles of 1 to 4 on an H200; equal and random groups take as many with each.
 TILE_COST = 2
+KEPT = 16  # Rows of rhs, as many as a warpgroup moves at once, that are cleared together.
 INFO_ROWS = 256  # row_tile_info packs the rows in use below this base.
 
 
@@ -203,6 +204,26 @@ def by_rows(
   return kernel(lhs, rhs, starts, group_sizes, info, *extra)
 
 
+class OuterTile(NamedTuple):
+  """A tile of `by_groups`: its group, where that starts and its rows, and the (m, n) in it."""
+
+  group: jax.Array
+  start: jax.Array
+  size: jax.Array
+  m: jax.Array
+  n: jax.Array
+
+  @property
+  def steps(self) -> jax.Array:
+    """How many slices its group has."""
+    return lax.max(lax.div(self.size + STEP - 1, jnp.int32(STEP)), jnp.int32(1))
+
+  @property
+  def last(self) -> jax.Array:
+    """First row, in the group, of the last slice, a multiple of 8 as copies need them."""
+    return lax.max(lax.div(self.size + 7, jnp.int32(8)) * 8 - STEP, jnp.int32(0))
+
+
 def by_groups(
   lhs: jax.Array,
   rhs: jax.Array,
@@ -214,7 +235,9 @@ def by_groups(
 ) -> jax.Array:
   """Return [g, k, n]: per group the sum over its rows of lhs [m, k]^T times rhs [m, n].
 
-  The longest groups come first, so that blocks end at about the same time.
+  The longest groups come first, so that blocks end at about the same time. A group's last slice
+  reaches back rather than far past the group's end: the rows of the slice before need be cleared
+  in one operand, those of others, which may hold NaN, in both.
   """
   (m, k), n, g = lhs.shape, rhs.shape[1], group_sizes.shape[0]
   tile_m, tile_n = tiling.tile_m, tiling.tile_n
@@ -223,46 +246,42 @@ def by_groups(
   store_n = 128 // jnp.dtype(out_dtype).itemsize  # What a store of one swizzled row holds.
 
   def body(
-    lhs_ref: Ref,
-    rhs_ref: Ref,
-    starts_ref: Ref,
-    sizes_ref: Ref,
-    order_ref: Ref,
-    extra_ref: Ref,
-    out_ref: Ref,
-    *refs: Ref,
+    lhs_ref: Ref, rhs_ref: Ref, groups_ref: Ref, extra_ref: Ref, out_ref: Ref, *refs: Ref
   ) -> None:
     ring, slots, cleared = Ring(tiling, *refs[:4]), refs[4], refs[5]
     warpgroup, here = lax.axis_index("warpgroup"), pipeline.Here.find(tiling)
     deal = pipeline.Deal(here, g * tiles_group, tiles_group, extra_ref[0])
     num_tiles = deal.num_mine()
 
-    def tile_at(i: jax.Array) -> tuple[jax.Array, ...]:
-      """Return the i-th tile's group, how many slices that has, and the tile's (m, n) in it."""
+    def tile_at(i: jax.Array) -> OuterTile:
+      """Return the i-th tile. To wait less for memory, ask for it during the one before."""
       rank = lax.div(deal.mine(i), jnp.int32(tiles_group))
-      group = order_ref[lax.min(rank, jnp.int32(g - 1))]
-      steps = lax.max(lax.div(sizes_ref[group] + STEP - 1, jnp.int32(STEP)), jnp.int32(1))
       index = deal.mine(i) - rank * tiles_group
-      return group, steps, *pipeline.tile_of(index, tiles_m, tiling, here.block)
+      rank = lax.min(rank, jnp.int32(g - 1))  # The one after the last is asked for, too.
+      group, start, size = (groups_ref[row, rank] for row in range(3))
+      tm, tn = pipeline.tile_of(index, tiles_m, tiling, here.block)
+      return OuterTile(group, start, size, tm, tn)
 
     def load_all() -> None:
-      def load(i: jax.Array, first: jax.Array) -> jax.Array:
-        group, steps, tm, tn = tile_at(i)
-        start = lax.min(starts_ref[group], jnp.int32(m - STEP))
+      def load(i: jax.Array, carry: tuple[jax.Array, OuterTile]) -> tuple[jax.Array, OuterTile]:
+        first, tile = carry
+        following = tile_at(i + 1)
+        start = lax.min(tile.start, jnp.int32(m - STEP))
 
         def step(j: jax.Array, _: None) -> None:
-          rows = pl.ds(start + j * STEP, STEP)
+          rows = pl.ds(start + lax.min(j * STEP, tile.last), STEP)
           ring.load(
             i,
             first + j,
-            lhs_ref.at[rows, pl.ds(tm * tile_m, tile_m)],
-            rhs_ref.at[rows, pl.ds(tn * tile_n, tile_n)],
+            lhs_ref.at[rows, pl.ds(tile.m * tile_m, tile_m)],
+            rhs_ref.at[rows, pl.ds(tile.n * tile_n, tile_n)],
           )
 
-        lax.fori_loop(0, steps, step, None)
-        return first + steps
+        lax.fori_loop(0, tile.steps, step, None)
+        return first + tile.steps, following
 
-      ring.drain(lax.fori_loop(0, num_tiles, load, jnp.int32(0)))
+      start = (jnp.int32(0), tile_at(jnp.int32(0)))
+      ring.drain(lax.fori_loop(0, num_tiles, load, start)[0])
 
     @pl.when(warpgroup == pipeline.CONSUMERS)
     def produce() -> None:
@@ -283,40 +302,49 @@ def by_groups(
       def operands(lhs_slice: Ref, rhs_slice: Ref) -> tuple[Ref, Ref]:
         return pipeline.transpose(lhs_slice.at[:, own_rows]), rhs_slice
 
-      def compute(tile: tuple[jax.Array, ...], first: jax.Array) -> None:
-        group, steps, tm, tn = tile
-        used = sizes_ref[group] - (steps - 1) * STEP
+      def compute(tile: OuterTile, first: jax.Array) -> None:
+        repeated = (tile.steps - 1) * STEP - tile.last
+        end = tile.size - tile.last
 
         def prepare(j: jax.Array, slot: jax.Array) -> None:
-          @pl.when((j == steps - 1) & (used < STEP))
+          @pl.when((j == tile.steps - 1) & ((repeated > 0) | (end < STEP)))
           def clear() -> None:
-            _clear_rows(ring.lhs.at[slot, :, own_rows], used)
-            _clear_rows(ring.rhs.at[slot, :, own_columns], used)
+            _keep_rows(ring.lhs.at[slot, :, own_rows], repeated, end)
+
+            def clear_rhs(block: jax.Array, _: None) -> None:
+              start = block * KEPT
+              _keep_rows(ring.rhs.at[slot, pl.ds(start, KEPT), own_columns], 0, end - start)
+
+            lax.fori_loop(lax.div(end, jnp.int32(KEPT)), STEP // KEPT, clear_rhs, None)
             plgpu.commit_smem()
-            if tiling.split:  # Each has cleared half of what both will read.
-              plgpu.barrier_arrive(cleared)
-              plgpu.barrier_wait(cleared)
+            if tiling.split:
+
+              @pl.when(end < STEP)
+              def wait() -> None:  # Each has cleared half of what both will read.
+                plgpu.barrier_arrive(cleared)
+                plgpu.barrier_wait(cleared)
 
         def product(acc: Ref) -> jax.Array:
-          ring.multiply(acc, warpgroup, first, steps, operands, prepare)
+          ring.multiply(acc, warpgroup, first, tile.steps, operands, prepare)
           return acc[...]
 
         shape = (tiling.own_rows, tile_n)
         acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
         units = itertools.product(range(0, tiling.own_rows, UNIT), range(0, tile_n, store_n))
         for j, (row, column) in enumerate(units):
-          rows = pl.ds(tm * tile_m + first_row + row, UNIT)
-          columns = pl.ds(tn * tile_n + column, store_n)
+          rows = pl.ds(tile.m * tile_m + first_row + row, UNIT)
+          columns = pl.ds(tile.n * tile_n + column, store_n)
           part = acc[row : row + UNIT, column : column + store_n].astype(out_dtype)
-          pipeline.store(slots.at[warpgroup], j, out_ref.at[group, rows, columns], part)
+          pipeline.store(slots.at[warpgroup], j, out_ref.at[tile.group, rows, columns], part)
 
-      def turn(i: jax.Array, first: jax.Array) -> jax.Array:
-        tile = tile_at(i)
+      def turn(i: jax.Array, carry: tuple[jax.Array, OuterTile]) -> tuple[jax.Array, OuterTile]:
+        first, tile = carry
+        following = tile_at(i + 1)
         is_own = tiling.split or lax.rem(i, jnp.int32(pipeline.CONSUMERS)) == warpgroup
         pl.when(is_own)(lambda: compute(tile, first))
-        return first + tile[1]
+        return first + tile.steps, following
 
-      lax.fori_loop(0, num_tiles, turn, jnp.int32(0))
+      lax.fori_loop(0, num_tiles, turn, (jnp.int32(0), tile_at(jnp.int32(0))))
       plgpu.wait_smem_to_gmem(0)
 
   kernel = plgpu.kernel(
@@ -329,34 +357,41 @@ def by_groups(
     ),
     **pipeline.launch(tiling),
   )
-  order, extra = schedule(group_sizes, tiles_group, pipeline.num_clusters(tiling))
-  return kernel(lhs, rhs, starts, group_sizes, order, extra)
+  groups, extra = schedule(starts, group_sizes, tiles_group, pipeline.num_clusters(tiling))
+  return kernel(lhs, rhs, groups, extra)
 
 
-def _clear_rows(ref: Ref, used: jax.Array) -> None:
-  """Set rows of a slice in shared memory from the used-th on to zero: NaN there would spread."""
-  values = plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA)
-  row = plgpu.broadcasted_iota(jnp.int32, ref.shape, 0, layout=plgpu.Layout.WGMMA)
-  ref[...] = jnp.where(row < used, values, jnp.zeros_like(values))
+def _keep_rows(ref: Ref, first: jax.Array | int, end: jax.Array) -> None:
+  """Set the rows of a part of a slice before `first` and from `end` on to zero."""
+  layout = plgpu.Layout.SMEM_GMEM_COPY(ref.shape, ref.dtype, 128)  # Moves 16 bytes at once.
+  values = plgpu.layout_cast(ref[...], layout)
+  row = plgpu.broadcasted_iota(jnp.int32, ref.shape, 0, layout=layout)
+  ref[...] = jnp.where((row >= first) & (row < end), values, jnp.zeros_like(values))
 
 
-def schedule(sizes: jax.Array, tiles: int, clusters: int) -> tuple[jax.Array, jax.Array]:
-  """Return the groups' order for `pipeline.Deal` and its extra tiles.
+def schedule(
+  starts: jax.Array, sizes: jax.Array, tiles: int, clusters: int
+) -> tuple[jax.Array, jax.Array]:
+  """Return the groups in the order of `pipeline.Deal` and its extra tiles.
 
   Each group has as many tiles.
 
   Returns:
-    int32 [g], the groups by falling size, without the cost of a sort. int32 [1], how many of the
-    tiles after the longest group's take together as long as one of these.
+    int32 [3, g], the groups by falling size, without the cost of a sort: their numbers, first rows
+    and sizes. int32 [1], how many of the tiles after the longest group's take together as long as
+    one of these.
   """
   index = jnp.arange(len(sizes), dtype=jnp.int32)
   tie = (sizes[None] == sizes[:, None]) & (index[None] < index[:, None])
   is_before = (sizes[None] > sizes[:, None]) | tie
   rank = jnp.sum(is_before, axis=1)
-  order = jnp.sum(jnp.where(rank[None] == index[:, None], index[None], 0), axis=1, dtype=jnp.int32)
+  is_at = rank[None] == index[:, None]
+  groups = jnp.stack(
+    [jnp.sum(jnp.where(is_at, x[None], 0), axis=1, dtype=jnp.int32) for x in (index, starts, sizes)]
+  )
   left_out = pipeline.Deal.left_out(tiles, clusters)
   if not left_out:
-    return order, jnp.zeros(1, jnp.int32)
+    return groups, jnp.zeros(1, jnp.int32)
   cost = jnp.ceil(jnp.maximum(sizes, 1) / STEP) + TILE_COST
   longest = jnp.max(cost)
   done = jnp.sum(jnp.where(is_before, cost[None], 0), axis=1) - longest
@@ -364,4 +399,4 @@ def schedule(sizes: jax.Array, tiles: int, clusters: int) -> tuple[jax.Array, ja
   extra = jnp.minimum(
     jnp.round(jnp.sum(found) * tiles / left_out), (len(sizes) - 1) * tiles // left_out
   )
-  return order, extra.astype(jnp.int32)[None]
+  return groups, extra.astype(jnp.int32)[None]

@@ -160,8 +160,11 @@ def test_a_tiling_that_does_not_divide_the_result_is_refused():
 def deal(sizes, tiles, clusters):
   """Return which tiles each cluster computes, and what they cost; sizes are in slices of rows."""
   sizes = np.array(sizes)
-  order, extra = gpu_kernels.schedule(jnp.asarray(64 * sizes, jnp.int32), tiles, clusters)
+  rows = jnp.asarray(64 * sizes, jnp.int32)
+  starts = jnp.cumulative_sum(rows) - rows
+  (order, *places), extra = gpu_kernels.schedule(starts, rows, tiles, clusters)
   assert sizes[order].tolist() == sorted(sizes.tolist(), reverse=True)
+  np.testing.assert_array_equal(places, [starts[order], rows[order]])
   dealt = []
   for cluster in range(clusters):
     here = gpu_pipeline.Here(clusters, jnp.int32(cluster), jnp.int32(0))
@@ -169,6 +172,19 @@ def deal(sizes, tiles, clusters):
     dealt.append([int(deal.mine(jnp.int32(i))) for i in range(int(deal.num_mine()))])
   costs = np.maximum(sizes, 1)[order] + gpu_kernels.TILE_COST
   return dealt, [sum(int(costs[tile // tiles]) for tile in mine) for mine in dealt]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 63, 64, 65, 71, 72, 120, 127, 128, 129, 1000])
+def test_slices_hold_each_row_once_and_begin_where_copies_can(size):
+  # On a GPU the copies are of tiles of 8 rows; Pallas' interpreter copies from any row.
+  tile = gpu_kernels.OuterTile(*map(jnp.int32, (0, 0, size, 0, 0)))
+  starts = [min(j * 64, int(tile.last)) for j in range(int(tile.steps))]
+  assert all(start % 8 == 0 for start in starts)
+  repeated = (len(starts) - 1) * 64 - starts[-1]
+  rows = [row for start in starts[:-1] for row in range(start, start + 64)]
+  rows += range(starts[-1] + repeated, size)
+  assert rows == list(range(size))
+  assert size <= starts[-1] + 64 <= max(size, 57) + 7
 
 
 @pytest.mark.parametrize("sizes", [[5, 5, 5], [12, 0, 3, 3], [40, 20, 9, 1], [7], [0, 0]])
@@ -245,7 +261,11 @@ def test_kernels_compile_for_hopper_without_spills_or_serialized_wgmma(operation
     *arrays, starts, group_sizes = args
     width = k if operation == "transposed" else n
     tiling = gpu.split_tiling(width) if split else None
-    return call(operation, arrays, starts, group_sizes, alignment, tiling)
+    results = call(operation, arrays, starts, group_sizes, alignment, tiling)
+    if operation != "outer":
+      return results
+    options = {"alignment": alignment, "tiling": tiling, "out_dtype": jnp.bfloat16}
+    return *results, gpu.outer(*arrays, starts, group_sizes, **options)
 
   groups = jax.ShapeDtypeStruct((g,), jnp.int32)
   report = gpu_target.compile_kernel(run, *arrays[operation], groups, groups)
