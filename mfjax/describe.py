@@ -189,10 +189,12 @@ def _kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, str]:
   queries = config.attention_top_k * config.d_attention * width
   gates = 0 if config.gate is Gate.LINEAR else 2 * config.d_gate * width
   residuals = 2 if remat is Remat.SELECTIVE else 6
-  total = residuals * residual + gates + 2 * queries + hidden + 4 * picks * _INT32_BYTES
+  scores = config.num_attention_experts + config.num_ff_experts
+  total = residuals * residual + gates + 2 * queries + hidden + (5 * picks + scores) * _INT32_BYTES
   return total, (
     f"{width} ({residuals} d_model + {'2 d_gate + ' if gates else ''}"
-    "2 attention_top_k d_attention + ff_top_k d_ff) + 16 (attention_top_k + ff_top_k)"
+    "2 attention_top_k d_attention + ff_top_k d_ff) + 20 (attention_top_k + ff_top_k) + "
+    "4 (num_attention_experts + num_ff_experts)"
   )
 
 

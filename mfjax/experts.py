@@ -318,7 +318,11 @@ project_in.defvjp(_project_in, _project_in_backward)
 def project_out(
   layout: ExpertLayout, o_SF: jax.Array, p_TK: jax.Array, w: jax.Array, plan: Plan
 ) -> jax.Array:
-  """Return [T, D]: the weighted sum over a token's slots of o times [E, F, D / gathered]."""
+  """Return [T, D]: the weighted sum over a token's slots of o times [E, F, D / gathered].
+
+  A weight p below float32's normal numbers gets the gradient 0: p is a probability, and what passes
+  on through a softmax is p times its gradient.
+  """
   return _project_out(layout, o_SF, p_TK, w, plan)[0]
 
 

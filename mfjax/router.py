@@ -82,7 +82,7 @@ class Router(nnx.Module):
   def _logits(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
     """Return float32 [B, T, N]; inputs of products in x's dtype, sums in float32.
 
-    The first product is kept for the backward pass: it is most of a router's work.
+    Products are kept for the backward pass where it needs them: they are most of a router's work.
     """
     dtype, gate = x_BTD.dtype, self.config.gate
     rows_NG = jnp.concatenate([rows[...] for _, rows in sorted(self.rows.items())])
@@ -93,6 +93,7 @@ class Router(nnx.Module):
     if gate is Gate.GMM:
       unit_BTG = _unit(z_BTG.astype(jnp.float32))
       cosine = linear(unit_BTG, _unit(rows_NG).T, is_sharded=False)
+      cosine = checkpoint_name(cosine, SAVED_GATE)
       return cosine * jnp.exp(self.temperature[...])
     a_BTG = _activation(z_BTG, self.b1[...])
     a_BTG = dropout(a_BTG, self.config.router_dropout, key)

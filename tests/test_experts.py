@@ -86,6 +86,27 @@ def test_layer_and_gradients_equal_dense_with_nan_in_unused_rows(layer, monkeypa
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [routed, projected])
+@pytest.mark.parametrize("weight", [0.0, 1e-39, 1e-30])
+def test_a_vanishing_combine_weight_leaves_gradients_finite(weight, layer):
+  x, p, *matrices, ids = inputs()
+  chosen = np.asarray(ids) < NUM
+  row, choice = np.argwhere(chosen)[0]
+  p = p.at[row, choice].set(weight)
+
+  def loss(p, x):
+    return layer(x, p, *matrices, ids).sum()
+
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+    dp, dx = jax.jit(jax.grad(loss, argnums=(0, 1)))(p, x)
+    expected = jax.grad(lambda p: dense(x, p, *matrices, ids).sum())(p)
+  assert np.isfinite(dp)[chosen].all()
+  assert np.isfinite(dx).all()
+  # Attention's way home takes what is below float32's normal numbers, and its gradient, for zero.
+  is_zero = layer is projected and weight < np.finfo(np.float32).tiny
+  np.testing.assert_allclose(dp[row, choice], 0 if is_zero else expected[row, choice], rtol=1e-3)
+
+
 @pytest.mark.parametrize("routing", ["balanced", "one row each, then all to one"])
 def test_computed_rows_stay_near_the_active_ones(routing):
   num_slots, num_experts = 4096 * 2, 32

@@ -13,6 +13,7 @@ from mfjax import sharding, train_step
 from mfjax.config import (
   AuxLoss,
   DType,
+  Gate,
   KernelConfig,
   LossConfig,
   ModelConfig,
@@ -106,9 +107,11 @@ def test_rematerialisation_changes_memory_alone(remat):
   np.testing.assert_allclose(tiny.losses(run.train(tiny.batches(3))), expected[:3], rtol=1e-6)
 
 
-def test_selective_rematerialisation_computes_no_product_again():
+@pytest.mark.parametrize("gate", Gate)
+def test_selective_rematerialisation_computes_no_product_again(gate):
   def recomputed(remat):
-    run = tiny.Run(tiny.run_config(train=TrainConfig(steps=20, remat=remat)))
+    model = dataclasses.replace(tiny.MODEL, gate=gate)
+    run = tiny.Run(tiny.run_config(model=model, train=TrainConfig(steps=20, remat=remat)))
     batch = sharding.device_batch(run.mesh, tiny.batches(1)[0])
     text = run.step.lower(run.state, batch).compile().as_text()
     return re.findall(r" dot\(.*rematted_computation.*", text)

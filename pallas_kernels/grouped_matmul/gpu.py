@@ -286,6 +286,8 @@ def _resolve(
     tiling = Tiling(**fields) if fields else default_tiling(name, alignment, k, n)
   if tiling.split and not _can_split(name, alignment, n):
     tiling = turns_tiling(name, alignment, k, n)
+  if n % (tiling.tile_n * tiling.panel):
+    raise ValueError(f"{tiling} does not divide the results of grouped_matmul, {n} wide")
   return dataclasses.replace(tiling, tile_m=min(tiling.tile_m, alignment))
 
 

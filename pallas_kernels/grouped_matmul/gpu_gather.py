@@ -14,7 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul import gpu_pipeline as pipeline
 from pallas_kernels.grouped_matmul.gpu_pipeline import Ref
 
-BLOCK_BYTES = 64 * 2**10
+BLOCK_BYTES = 64 * 2**10  # More only where four rows take more.
+MOST_ROW_BYTES = 56 * 2**10  # Four rows fit in shared memory.
 MOST_ROWS = 64  # Of a block.
 WIDTHS = (256, 128)  # A copy moves [1, d / width, width]: at most 256 along each dimension.
 
@@ -23,20 +24,19 @@ def take_rows(values: jax.Array, index: jax.Array) -> jax.Array:
   """Return [r, d]: rows of values [m, d] by index int32 [r]; one past the end gives zeros.
 
   Raises:
-    NotImplementedError: d is not a multiple of 128, or a few rows do not fit in shared memory.
+    NotImplementedError: d is not a multiple of 128, or four rows do not fit in shared memory.
   """
   (m, d), r = values.shape, index.shape[0]
   row_bytes = d * values.dtype.itemsize
-  if d % WIDTHS[-1] or d == 0 or pipeline.WARPS * row_bytes > BLOCK_BYTES:
-    most = BLOCK_BYTES // pipeline.WARPS
+  if d % WIDTHS[-1] or d == 0 or row_bytes > MOST_ROW_BYTES:
     raise NotImplementedError(
       f"the GPU kernel of take_rows needs rows of a multiple of {WIDTHS[-1]} numbers, at most "
-      f"{most} bytes; got {d} of {values.dtype}: use xla"
+      f"{MOST_ROW_BYTES} bytes; got {d} of {values.dtype}: use xla"
     )
   width = next(width for width in WIDTHS if d % width == 0)
   if r < pipeline.WARPS:
     return take_rows(values, jnp.pad(index, (0, pipeline.WARPS - r)))[:r]
-  per_warp = min(BLOCK_BYTES // row_bytes, MOST_ROWS, r) // pipeline.WARPS
+  per_warp = max(1, min(BLOCK_BYTES // row_bytes, MOST_ROWS, r) // pipeline.WARPS)
   rows = pipeline.WARPS * per_warp
 
   def body(values_ref: Ref, index_ref: Ref, out_ref: Ref, slots: Ref, loaded: Ref) -> None:

@@ -155,6 +155,9 @@ def test_a_tiling_that_does_not_divide_the_result_is_refused():
     check("outer", [200, 30], 128, 128, 256, gpu.split_tiling(256))
   with pytest.raises(ValueError, match=r"does not divide .* 256 x 384"):
     check("outer", [200, 30], 128, 256, 384, gpu.split_tiling(512))
+  tiling = gpu.Tiling(tile_m=128, tile_n=128, stages=3, panel=3, cluster=1)
+  with pytest.raises(ValueError, match=r"does not divide .* 512 wide"):
+    check("matmul", [200, 30], 128, 128, 512, tiling)
 
 
 def deal(sizes, tiles, clusters):
