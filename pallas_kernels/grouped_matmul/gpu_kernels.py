@@ -114,7 +114,10 @@ def by_rows(
       return tiles_m, here.num_mine(pairs_of(tiles_m) * (n // tile_n))
 
     def tile_of(i: jax.Array, tiles_m: jax.Array) -> tuple[jax.Array, jax.Array]:
-      """Return (m, n) of this block's i-th tile. Without a neighbour, two compute the last one."""
+      """Return (m, n) of this block's i-th tile. Without a neighbour, two compute the last one.
+
+      Both write the same.
+      """
       tm, tn = pipeline.tile_of(here.mine(i), pairs_of(tiles_m), tiling, here.block)
       return lax.min(tm, tiles_m - 1), tn
 
