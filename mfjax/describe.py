@@ -189,12 +189,14 @@ def _kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, str]:
   queries = config.attention_top_k * config.d_attention * width
   gates = 0 if config.gate is Gate.LINEAR else 2 * config.d_gate * width
   residuals = 2 if remat is Remat.SELECTIVE else 6
-  scores = config.num_attention_experts + config.num_ff_experts
-  total = residuals * residual + gates + 2 * queries + hidden + (5 * picks + scores) * _INT32_BYTES
+  choices = 5 * picks * _INT32_BYTES
+  per_score = (2 if config.gate is Gate.GMM else 1) * _FLOAT32_BYTES
+  scores = per_score * (config.num_attention_experts + config.num_ff_experts)
+  total = residuals * residual + gates + 2 * queries + hidden + choices + scores
   return total, (
     f"{width} ({residuals} d_model + {'2 d_gate + ' if gates else ''}"
     "2 attention_top_k d_attention + ff_top_k d_ff) + 20 (attention_top_k + ff_top_k) + "
-    "4 (num_attention_experts + num_ff_experts)"
+    f"{per_score} (num_attention_experts + num_ff_experts)"
   )
 
 

@@ -218,10 +218,13 @@ def _ragged_round(
 def _take(
   values: jax.Array, index: jax.Array, exchange: Exchange, is_alone: bool = True
 ) -> jax.Array:
-  """Gather rows; an index past the end gives zeros. If it is not alone, leave it to XLA to fuse."""
-  if values.ndim == 2 and is_alone:
-    return take_rows(values, index, implementation=exchange.implementation)
-  return values.at[index].get(mode="fill", fill_value=0)
+  """Gather rows, or numbers; an index past the end gives zeros.
+
+  Numbers, and what is not alone, are XLA's to fuse.
+  """
+  is_kernels = is_alone and values.ndim == 2
+  choice = exchange.implementation if is_kernels else Implementation.XLA
+  return take_rows(values, index, implementation=choice)
 
 
 def to_experts(

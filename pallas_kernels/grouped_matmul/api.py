@@ -50,6 +50,8 @@ def resolve(
           grouped_matmul(lhs, rhs, sizes, **options),
           grouped_matmul(out, rhs, sizes, transpose_rhs=True, **options),
           grouped_outer(lhs, out, sizes, **options),
+          # Where they come from and go to; any int32 numbers are an index.
+          *(take_rows(rows, sizes, implementation=choice) for rows in (lhs, out)),
         )
 
       jax.eval_shape(products, lhs, out, rhs, sizes)
@@ -155,19 +157,19 @@ def take_rows(values: jax.Array, index: jax.Array, *, implementation: Implementa
   """Gather rows, as on the way to experts, and back.
 
   Args:
-    values: [m, d], any dtype. index: int32 [r], not negative; m or more: a row of zeros.
+    values: [m, ...], any dtype. index: int32 [r], not negative; m or more: a row of zeros.
     implementation: who copies; never AUTO. All but Hopper's kernel leave it to XLA, which can fuse
       it with what is done to the rows.
 
   Returns:
-    [r, d] in values' dtype.
+    [r, ...] in values' dtype.
 
   Raises:
-    ValueError: wrong ranks or dtypes. NotImplementedError: as in `grouped_matmul`.
+    ValueError: wrong ranks or dtypes. NotImplementedError: Hopper's kernel cannot; names what can.
   """
-  if values.ndim != 2 or index.ndim != 1 or index.dtype != jnp.int32:
+  if values.ndim == 0 or index.ndim != 1 or index.dtype != jnp.int32:
     raise ValueError(
-      f"take_rows needs values [m, d] and int32 index [r]; got {values.shape} and {index.dtype} "
+      f"take_rows needs values [m, ...] and int32 index [r]; got {values.shape} and {index.dtype} "
       f"{index.shape}"
     )
   if implementation is Implementation.PALLAS_GPU:

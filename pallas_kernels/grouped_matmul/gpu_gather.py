@@ -18,21 +18,25 @@ BLOCK_BYTES = 64 * 2**10  # More only where four rows take more.
 MOST_ROW_BYTES = 56 * 2**10  # Four rows fit in shared memory.
 MOST_ROWS = 64  # Of a block.
 WIDTHS = (256, 128)  # A copy moves [1, d / width, width]: at most 256 along each dimension.
+MOST_NUMBERS = 256 * WIDTHS[-1]
 
 
 def take_rows(values: jax.Array, index: jax.Array) -> jax.Array:
   """Return [r, d]: rows of values [m, d] by index int32 [r]; one past the end gives zeros.
 
   Raises:
-    NotImplementedError: d is not a multiple of 128, or four rows do not fit in shared memory.
+    NotImplementedError: values are not of rank 2, d is not a multiple of 128, or a row has more
+      than 56 KiB or 32,768 numbers.
   """
-  (m, d), r = values.shape, index.shape[0]
+  d = values.shape[1] if values.ndim == 2 else 0
   row_bytes = d * values.dtype.itemsize
-  if d % WIDTHS[-1] or d == 0 or row_bytes > MOST_ROW_BYTES:
+  if d % WIDTHS[-1] or not d or row_bytes > MOST_ROW_BYTES or d > MOST_NUMBERS:
     raise NotImplementedError(
       f"the GPU kernel of take_rows needs rows of a multiple of {WIDTHS[-1]} numbers, at most "
-      f"{MOST_ROW_BYTES} bytes; got {d} of {values.dtype}: use xla"
+      f"{MOST_NUMBERS} and {MOST_ROW_BYTES} bytes; got {values.shape[1:]} of {values.dtype}: use "
+      f"xla"
     )
+  m, r = values.shape[0], index.shape[0]
   width = next(width for width in WIDTHS if d % width == 0)
   if r < pipeline.WARPS:
     return take_rows(values, jnp.pad(index, (0, pipeline.WARPS - r)))[:r]

@@ -283,8 +283,8 @@ def by_groups(
         lax.fori_loop(0, tile.steps, step, None)
         return first + tile.steps, following
 
-      start = (jnp.int32(0), tile_at(jnp.int32(0)))
-      ring.drain(lax.fori_loop(0, num_tiles, load, start)[0])
+      num_steps, _ = lax.fori_loop(0, num_tiles, load, (jnp.int32(0), tile_at(jnp.int32(0))))
+      ring.drain(num_steps)
 
     @pl.when(warpgroup == pipeline.CONSUMERS)
     def produce() -> None:
@@ -377,7 +377,7 @@ def schedule(
 ) -> tuple[jax.Array, jax.Array]:
   """Return the groups in the order of `pipeline.Deal` and its extra tiles.
 
-  Each group has as many tiles.
+  Each group has `tiles` tiles.
 
   Returns:
     int32 [3, g], the groups by falling size, without the cost of a sort: their numbers, first rows

@@ -85,6 +85,11 @@ def test_choices_are_resolved_or_refused_by_name():
   assert api.resolve(Implementation.AUTO, "cpu", jnp.float32, shapes) is Implementation.XLA
   with pytest.raises(NotImplementedError, match=r"pallas_tpu.*'cpu'.*auto, xla"):
     api.resolve(Implementation.PALLAS_TPU, "cpu", jnp.float32, shapes)
+  assert api.resolve(Implementation.AUTO, "gpu", jnp.bfloat16, shapes) is Implementation.PALLAS_GPU
+  for wide in ((2, 28800, 1024), (2, 1024, 28800)):  # Which the gather cannot take.
+    assert api.resolve(Implementation.AUTO, "gpu", jnp.bfloat16, (wide,)) is Implementation.XLA
+    with pytest.raises(NotImplementedError, match=r"take_rows.*28800.*use xla"):
+      api.resolve(Implementation.PALLAS_GPU, "gpu", jnp.bfloat16, (wide,))
   x, w, sizes = jnp.ones((8, 4)), jnp.ones((2, 4, 4)), jnp.array([4, 4])
   with pytest.raises(NotImplementedError, match=r"'auto'.*use reference, xla"):
     api.grouped_matmul(x, w, sizes, alignment=8, implementation=Implementation.AUTO)

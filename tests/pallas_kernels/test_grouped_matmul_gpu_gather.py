@@ -52,10 +52,11 @@ def test_rows_are_taken_on_a_gpu(r, d, dtype):
 
 
 @pytest.mark.parametrize(
-  ("d", "dtype"), [(100, jnp.bfloat16), (28800, jnp.bfloat16), (0, jnp.int8)]
+  ("d", "dtype"),
+  [(100, jnp.bfloat16), (28800, jnp.bfloat16), (0, jnp.int8), (32896, jnp.int8)],
 )
 def test_rows_that_copies_cannot_move_are_refused(d, dtype):
-  with pytest.raises(NotImplementedError, match=rf"got {d} of {jnp.dtype(dtype)}: use xla"):
+  with pytest.raises(NotImplementedError, match=rf"got \({d},\) of {jnp.dtype(dtype)}: use xla"):
     api.take_rows(jnp.zeros((8, d), dtype), jnp.zeros(8, jnp.int32), implementation=GPU)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -83,6 +84,7 @@ def test_consumers_alternate_where_both_walk_and_none_waits_for_ever(starts, sto
   )
   with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
     log = np.asarray(kernel())
+  assert not get_races().races_found
   steps = range(max(starts), min(stops))
   both = [100 * index + step for step in steps for index in range(2)]
   np.testing.assert_array_equal(log[: walks * len(both)], both * walks)
