@@ -214,10 +214,15 @@ def _can_split(operation: str, alignment: int, n: int) -> bool:
 
 
 def outer_tiling(m: int, k: int, n: int, g: int) -> Tiling:
-  """Return a good tiling of `outer`: tiles that run together span about as much of k as of n."""
+  """Return a good tiling of `outer`.
+
+  Where consumers split tiles, clusters that run together are neighbours along k, which share slices
+  of rhs: on an H200 less is read from the L2 cache and, by equal groups, from memory. Where they
+  take turns, tiles that run together span about as much of k as of n.
+  """
   is_large = 2 * k * n >= LARGE_RESULT and m >= LONG_GROUP * g
   if is_large and n % SPLIT_TILE_N == 0 and k % (2 * TILE_M) == 0:
-    return split_tiling(n)
+    return split_tiling(n, panel=1)
   return outer_turns_tiling(k, n)
 
 

@@ -248,12 +248,12 @@ def by_groups(
   tiles_group = tiles_m * (n // tile_n)
   store_n = 128 // jnp.dtype(out_dtype).itemsize  # What a store of one swizzled row holds.
 
-  def body(
-    lhs_ref: Ref, rhs_ref: Ref, groups_ref: Ref, extra_ref: Ref, out_ref: Ref, *refs: Ref
-  ) -> None:
-    ring, slots, cleared = Ring(tiling, *refs[:4]), refs[4], refs[5]
+  def body(lhs_ref: Ref, rhs_ref: Ref, *refs: Ref) -> None:
+    *groups_refs, extra_ref, out_ref = refs[:5]
+    ring, slots, cleared = Ring(tiling, *refs[5:9]), *refs[9:]
     warpgroup, here = lax.axis_index("warpgroup"), pipeline.Here.find(tiling)
-    deal = pipeline.Deal(here, g * tiles_group, tiles_group, extra_ref[0])
+    extra = round_extra(extra_ref[g - 1], g, tiles_group, here.clusters)
+    deal = pipeline.Deal(here, g * tiles_group, tiles_group, extra)
     num_tiles = deal.num_mine()
 
     def tile_at(i: jax.Array) -> OuterTile:
@@ -261,7 +261,7 @@ def by_groups(
       rank = lax.div(deal.mine(i), jnp.int32(tiles_group))
       index = deal.mine(i) - rank * tiles_group
       rank = lax.min(rank, jnp.int32(g - 1))  # The one after the last is asked for, too.
-      group, start, size = (groups_ref[row, rank] for row in range(3))
+      group, start, size = (ref[rank] for ref in groups_refs)
       tm, tn = pipeline.tile_of(index, tiles_m, tiling, here.block)
       return OuterTile(group, start, size, tm, tn)
 
@@ -295,12 +295,8 @@ def by_groups(
     def consume() -> None:
       plgpu.set_max_registers(pipeline.CONSUMER_REGISTERS, action="increase")
 
-      first_row = tiling.own_part(warpgroup)
-      own_rows: Any = slice(None)
-      own_columns: Any = slice(None)
-      if tiling.split:
-        width = tile_n // pipeline.CONSUMERS
-        own_rows, own_columns = pl.ds(first_row, tiling.own_rows), pl.ds(warpgroup * width, width)
+      is_first, first_row = warpgroup == 0, tiling.own_part(warpgroup)
+      own_rows: Any = pl.ds(first_row, tiling.own_rows) if tiling.split else slice(None)
 
       def operands(lhs_slice: Ref, rhs_slice: Ref) -> tuple[Ref, Ref]:
         return pipeline.transpose(lhs_slice.at[:, own_rows]), rhs_slice
@@ -316,16 +312,19 @@ def by_groups(
 
             def clear_rhs(block: jax.Array, _: None) -> None:
               start = block * KEPT
-              _keep_rows(ring.rhs.at[slot, pl.ds(start, KEPT), own_columns], 0, end - start)
+              _keep_rows(ring.rhs.at[slot, pl.ds(start, KEPT)], 0, end - start)
 
-            lax.fori_loop(lax.div(end, jnp.int32(KEPT)), STEP // KEPT, clear_rhs, None)
+            @pl.when(is_first | (not tiling.split))
+            def clear_all_rhs() -> None:
+              lax.fori_loop(lax.div(end, jnp.int32(KEPT)), STEP // KEPT, clear_rhs, None)
+
             plgpu.commit_smem()
             if tiling.split:
 
               @pl.when(end < STEP)
-              def wait() -> None:  # Each has cleared half of what both will read.
-                plgpu.barrier_arrive(cleared)
-                plgpu.barrier_wait(cleared)
+              def wait() -> None:  # The first clears what both read, and waits for nobody.
+                pl.when(is_first)(lambda: plgpu.barrier_arrive(cleared.at[slot]))
+                pl.when(~is_first)(lambda: plgpu.barrier_wait(cleared.at[slot]))
 
         def product(acc: Ref) -> jax.Array:
           ring.multiply(acc, warpgroup, first, tile.steps, operands, prepare)
@@ -356,12 +355,12 @@ def by_groups(
     scratch_types=(
       *Ring.scratch(tiling, (STEP, tile_m), (STEP, tile_n), lhs.dtype),
       pipeline.store_slots((UNIT, store_n), out_dtype),
-      plgpu.Barrier(num_arrivals=pipeline.CONSUMERS),
+      plgpu.Barrier(num_arrivals=1, num_barriers=tiling.stages),
     ),
     **pipeline.launch(tiling),
   )
-  groups, extra = schedule(starts, group_sizes, tiles_group, pipeline.num_clusters(tiling))
-  return kernel(lhs, rhs, groups, extra)
+  clusters = pipeline.num_clusters(tiling)
+  return kernel(lhs, rhs, *schedule(starts, group_sizes, tiles_group, clusters))
 
 
 def _keep_rows(ref: Ref, first: jax.Array | int, end: jax.Array) -> None:
@@ -374,32 +373,39 @@ def _keep_rows(ref: Ref, first: jax.Array | int, end: jax.Array) -> None:
 
 def schedule(
   starts: jax.Array, sizes: jax.Array, tiles: int, clusters: int
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Return the groups in the order of `pipeline.Deal` and its extra tiles.
 
-  Each group has `tiles` tiles.
+  Each group has `tiles` tiles. All sums are of rows of a [g, g] matrix, in two steps: XLA makes one
+  GPU kernel of each step, where a sort or a sum over all groups would be one more.
 
   Returns:
-    int32 [3, g], the groups by falling size, without the cost of a sort: their numbers, first rows
-    and sizes. int32 [1], how many of the tiles after the longest group's take together as long as
-    one of these.
+    int32 [g] each, of the groups by falling size: their numbers, first rows and sizes. float32 [g],
+    of which the last one is how many of the tiles after the longest group's take together as long
+    as one of these; see `round_extra`.
   """
   index = jnp.arange(len(sizes), dtype=jnp.int32)
   tie = (sizes[None] == sizes[:, None]) & (index[None] < index[:, None])
   is_before = (sizes[None] > sizes[:, None]) | tie
-  rank = jnp.sum(is_before, axis=1)
+  cost = lax.div(jnp.maximum(sizes, 1) + STEP - 1, STEP) + TILE_COST
+  costs_before = jnp.where(is_before, cost[None], 0)
+  rank = jnp.sum(is_before, axis=1, dtype=jnp.int32)
+  longest = jnp.max(costs_before, axis=1)  # 0 for the longest itself.
+  done = jnp.sum(costs_before, axis=1, dtype=jnp.int32) - longest
+
   is_at = rank[None] == index[:, None]
-  groups = jnp.stack(
-    [jnp.sum(jnp.where(is_at, x[None], 0), axis=1, dtype=jnp.int32) for x in (index, starts, sizes)]
+  order, starts, sizes = (
+    jnp.sum(jnp.where(is_at, x[None], 0), axis=1, dtype=jnp.int32) for x in (index, starts, sizes)
   )
   left_out = pipeline.Deal.left_out(tiles, clusters)
   if not left_out:
-    return groups, jnp.zeros(1, jnp.int32)
-  cost = jnp.ceil(jnp.maximum(sizes, 1) / STEP) + TILE_COST
-  longest = jnp.max(cost)
-  done = jnp.sum(jnp.where(is_before, cost[None], 0), axis=1) - longest
-  found = jnp.where(rank > 0, jnp.clip((left_out * longest / tiles - done) / cost, 0, 1), 0)
-  extra = jnp.minimum(
-    jnp.round(jnp.sum(found) * tiles / left_out), (len(sizes) - 1) * tiles // left_out
-  )
-  return groups, extra.astype(jnp.int32)[None]
+    return order, starts, sizes, jnp.zeros_like(index, jnp.float32)
+  found = jnp.clip((longest * (left_out / tiles) - done) / cost, 0, 1) * (tiles / left_out)
+  extra = jnp.sum(jnp.where(rank[None] <= index[:, None], found[None], 0), axis=1)
+  return order, starts, sizes, extra
+
+
+def round_extra(extra: jax.Array, groups: int, tiles: int, clusters: int) -> jax.Array:
+  """Return the whole number of extra tiles, no more than there are; `extra` is the last one."""
+  most = (groups - 1) * tiles // max(pipeline.Deal.left_out(tiles, clusters), 1)
+  return lax.min((extra + 0.5).astype(jnp.int32), jnp.int32(most))

@@ -171,13 +171,14 @@ def deal(sizes, tiles, clusters):
   sizes = np.array(sizes)
   rows = jnp.asarray(64 * sizes, jnp.int32)
   starts = jnp.cumulative_sum(rows) - rows
-  (order, *places), extra = gpu_kernels.schedule(starts, rows, tiles, clusters)
+  order, *places, extra = gpu_kernels.schedule(starts, rows, tiles, clusters)
+  extra = gpu_kernels.round_extra(extra[-1], len(sizes), tiles, clusters)
   assert sizes[order].tolist() == sorted(sizes.tolist(), reverse=True)
   np.testing.assert_array_equal(places, [starts[order], rows[order]])
   dealt = []
   for cluster in range(clusters):
     here = gpu_pipeline.Here(clusters, jnp.int32(cluster), jnp.int32(0))
-    deal = gpu_pipeline.Deal(here, len(sizes) * tiles, tiles, extra[0])
+    deal = gpu_pipeline.Deal(here, len(sizes) * tiles, tiles, extra)
     dealt.append([int(deal.mine(jnp.int32(i))) for i in range(int(deal.num_mine()))])
   costs = np.maximum(sizes, 1)[order] + gpu_kernels.TILE_COST
   return dealt, [sum(int(costs[tile // tiles]) for tile in mine) for mine in dealt]
