@@ -102,12 +102,13 @@ def _grouped_matmul(
 
 
 def _gather(sizes: tuple[int, ...], device: jax.Device, repeats: int) -> Iterator[Comparison]:
-  """Time the gather of r random rows of [m, d] beside a copy of as many bytes."""
+  """Time the gather of r rows of [m, d], all about as often, beside a copy of as many bytes."""
   m, d, r = sizes
   dtype = jnp.dtype(_dtype(device))
   chosen = grouped_kernels.resolve(Implementation.AUTO, device.platform, dtype, ((1, d, d),))
   keys = jax.random.split(jax.random.key(0))
-  args = (jax.random.normal(keys[0], (m, d), dtype), jax.random.randint(keys[1], (r,), 0, m))
+  index = jax.random.permutation(keys[1], jnp.arange(r, dtype=jnp.int32) % m)
+  args = (jax.random.normal(keys[0], (m, d), dtype), index)
   calls = {
     choice: Call(
       jit_local(functools.partial(grouped_kernels.take_rows, implementation=choice)), args
@@ -116,13 +117,14 @@ def _gather(sizes: tuple[int, ...], device: jax.Device, repeats: int) -> Iterato
   }
   results = [call.function(*args) for call in calls.values()]
   assert all((result == results[-1]).all() for result in results), "the gather takes wrong rows"
-  half = jnp.ones(((m + r) // 2, d), dtype)
+  rows = min(m, r) + r  # Read and written.
+  half = jnp.ones((rows // 2, d), dtype)
   is_xla = chosen is Implementation.XLA
   alternatives: dict[str, Call | str] = {
     "xla": "it is what is measured" if is_xla else calls[Implementation.XLA],
     "copy": Call(jax.jit(jnp.negative), (half,)),
   }
-  moved = float((m + r) * d * dtype.itemsize)
+  moved = float(rows * d * dtype.itemsize)
   name = f"{r} rows of {m} x {d}"
   yield compare("gather", name, 0.0, calls[chosen], alternatives, repeats, moved)
 

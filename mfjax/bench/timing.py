@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-_MOST_CALLS = 100
+_MOST_CALLS = 2000
 _BLOCK_SECONDS = 0.05
-_SETTLE_SECONDS = 0.1  # Of an H200 that idled: for half of it, it is up to 14 % faster.
-_MOST_BEFORE = 200
+# For 0.14 s an H200 keeps the clock of what ran before: up to 14 % too fast, 5 % too slow.
+_SETTLE_SECONDS = 0.2
 _SLOW = 3  # Times the fastest.
 
 
@@ -54,34 +54,33 @@ class Comparison:
 def take_turns(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:
   """Return the median seconds of each call; each is timed once per turn.
 
-  Short calls are made up to 100 at once in a turn, waited for together: what is measured is the
+  Short calls are made many at once in a turn, waited for together: what is measured is the
   device at work, not the gap before a launch. Calls before those, which are not timed, let the
   device's clock settle: under its limit of power it depends on what ran last, and whoever came
   after a lighter alternative would seem faster. Much slower ones are lighter: they take turns of
   their own.
   """
-  estimates = {}
-  for name, call in calls.items():
-    call.seconds()  # Compiles.
-    estimates[name] = call.seconds()
+  estimates = {name: _estimate(call) for name, call in calls.items()}
   is_slow = {name: seconds > _SLOW * min(estimates.values()) for name, seconds in estimates.items()}
-  found: dict[str, float] = {}
-  for slow in (True, False):
-    together = {name: call for name, call in calls.items() if is_slow[name] == slow}
-    found |= _take_turns(together, estimates, repeats)
-  return {name: found[name] for name in calls}
-
-
-def _take_turns(
-  calls: Mapping[str, Call], estimates: Mapping[str, float], repeats: int
-) -> dict[str, float]:
   samples: dict[str, list[float]] = {name: [] for name in calls}
-  for _ in range(repeats):
-    for name, call in calls.items():
-      seconds = estimates[name]
-      call.seconds(math.ceil(_SETTLE_SECONDS / max(seconds, _SETTLE_SECONDS / _MOST_BEFORE)))
-      samples[name].append(call.seconds(max(1, min(_MOST_CALLS, int(_BLOCK_SECONDS / seconds)))))
+  for slow in (True, False):
+    for _ in range(repeats):
+      for name, call in calls.items():
+        if is_slow[name] == slow:
+          call.seconds(math.ceil(_count(_SETTLE_SECONDS, estimates[name])))
+          samples[name].append(call.seconds(math.floor(_count(_BLOCK_SECONDS, estimates[name]))))
   return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _estimate(call: Call) -> float:
+  """Return about how many seconds a call takes among others."""
+  call.seconds()  # Compiles.
+  return call.seconds(math.floor(_count(_BLOCK_SECONDS, call.seconds())))
+
+
+def _count(seconds: float, of_one: float) -> float:
+  """Return how many calls take so long, at least one and no more than are made at once."""
+  return max(1.0, min(_MOST_CALLS, seconds / of_one))
 
 
 def compare(

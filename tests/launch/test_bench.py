@@ -183,11 +183,23 @@ def test_alternatives_take_turns(monkeypatch):
 
   seconds = timing.take_turns({"a": call("a"), "b": call("b")}, repeats=3)
   assert set(seconds) == {"a", "b"}
-  # To compile and to find out how short they are, twice each; then turns of at most 100 calls.
-  assert order[:8] == ["a", "wait"] * 2 + ["b", "wait"] * 2
-  # Each is called for a while before it is timed: two hundred times if it is shorter than that.
-  a, b = ([*[name] * 200, "wait", *[name] * 100, "wait"] for name in ("a", "b"))
-  assert order[8:] == (a + b) * 3
+  # Once to compile, once and then many times to find out how short they are.
+  a, b = (([name] * timing._MOST_CALLS) + ["wait"] for name in ("a", "b"))
+  assert order[: 2 * len(a) + 8] == ["a", "wait"] * 2 + a + ["b", "wait"] * 2 + b
+  # Each is called for a while before it is timed.
+  assert order[2 * len(a) + 8 :] == (a + a + b + b) * 3
+
+
+def test_the_clock_settles_before_anything_is_timed(monkeypatch):
+  made = []
+
+  def seconds(call, count=1):
+    made.append(count)
+    return 1e-3
+
+  monkeypatch.setattr(timing.Call, "seconds", seconds)
+  timing.take_turns({"a": timing.Call(lambda: None)}, repeats=2)
+  assert made == [1, 1, 50] + [200, 50] * 2, "0.2 s before 0.05 s"
 
 
 def test_much_slower_alternatives_take_turns_of_their_own(monkeypatch):
@@ -203,7 +215,7 @@ def test_much_slower_alternatives_take_turns_of_their_own(monkeypatch):
   found = timing.take_turns(calls, repeats=2)
   assert found == seconds_of
   assert list(found) == list(calls)
-  turns = order[2 * len(calls) :: 2]  # One call before each that is timed.
+  turns = order[3 * len(calls) :: 2]  # One call before each that is timed.
   assert turns == ["slow", "slow", "ours", "dense", "ours", "dense"]
 
 
