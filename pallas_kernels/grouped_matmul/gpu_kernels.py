@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -208,17 +208,15 @@ def by_rows(
 
 
 class OuterTile(NamedTuple):
-  """A tile of `by_groups`: its group, where that starts and its rows, and the (m, n) in it."""
+  """What a tile of `by_groups` sums over: its group, and the first and the number of its rows."""
 
   group: jax.Array
   start: jax.Array
   size: jax.Array
-  m: jax.Array
-  n: jax.Array
 
   @property
   def steps(self) -> jax.Array:
-    """How many slices its group has."""
+    """How many slices the group has."""
     return lax.max(lax.div(self.size + STEP - 1, jnp.int32(STEP)), jnp.int32(1))
 
   @property
@@ -240,13 +238,15 @@ def by_groups(
 
   The longest groups come first, so that blocks end at about the same time. A group's last slice
   reaches back rather than far past the group's end: the rows of the slice before need be cleared
-  in one operand, those of others, which may hold NaN, in both.
+  in one operand, those of others, which may hold NaN, in both. Consumers that split tiles write most of a
+  bf16 result during the products of the next tile.
   """
   (m, k), n, g = lhs.shape, rhs.shape[1], group_sizes.shape[0]
   tile_m, tile_n = tiling.tile_m, tiling.tile_n
   tiles_m = k // tile_m // tiling.cluster
   tiles_group = tiles_m * (n // tile_n)
   store_n = 128 // jnp.dtype(out_dtype).itemsize  # What a store of one swizzled row holds.
+  units = list(itertools.product(range(0, tiling.own_rows, UNIT), range(0, tile_n, store_n)))
 
   def body(lhs_ref: Ref, rhs_ref: Ref, *refs: Ref) -> None:
     *groups_refs, extra_ref, out_ref = refs[:5]
@@ -259,26 +259,26 @@ def by_groups(
     def tile_at(i: jax.Array) -> OuterTile:
       """Return the i-th tile. To wait less for memory, ask for it during the one before."""
       rank = lax.div(deal.mine(i), jnp.int32(tiles_group))
-      index = deal.mine(i) - rank * tiles_group
       rank = lax.min(rank, jnp.int32(g - 1))  # The one after the last is asked for, too.
-      group, start, size = (ref[rank] for ref in groups_refs)
+      return OuterTile(*(ref[rank] for ref in groups_refs))
+
+    def place_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+      """Return the first row and column of the i-th tile in its group's result."""
+      index = lax.rem(deal.mine(i), jnp.int32(tiles_group))
       tm, tn = pipeline.tile_of(index, tiles_m, tiling, here.block)
-      return OuterTile(group, start, size, tm, tn)
+      return tm * tile_m, tn * tile_n
 
     def load_all() -> None:
       def load(i: jax.Array, carry: tuple[jax.Array, OuterTile]) -> tuple[jax.Array, OuterTile]:
         first, tile = carry
         following = tile_at(i + 1)
         start = lax.min(tile.start, jnp.int32(m - STEP))
+        row, column = place_of(i)
 
         def step(j: jax.Array, _: None) -> None:
           rows = pl.ds(start + lax.min(j * STEP, tile.last), STEP)
-          ring.load(
-            i,
-            first + j,
-            lhs_ref.at[rows, pl.ds(tile.m * tile_m, tile_m)],
-            rhs_ref.at[rows, pl.ds(tile.n * tile_n, tile_n)],
-          )
+          lhs_slice = lhs_ref.at[rows, pl.ds(row, tile_m)]
+          ring.load(i, first + j, lhs_slice, rhs_ref.at[rows, pl.ds(column, tile_n)])
 
         lax.fori_loop(0, tile.steps, step, None)
         return first + tile.steps, following
@@ -294,59 +294,79 @@ def by_groups(
     @pl.when(warpgroup < pipeline.CONSUMERS)
     def consume() -> None:
       plgpu.set_max_registers(pipeline.CONSUMER_REGISTERS, action="increase")
-
-      is_first, first_row = warpgroup == 0, tiling.own_part(warpgroup)
+      first_row = tiling.own_part(warpgroup)
       own_rows: Any = pl.ds(first_row, tiling.own_rows) if tiling.split else slice(None)
 
       def operands(lhs_slice: Ref, rhs_slice: Ref) -> tuple[Ref, Ref]:
         return pipeline.transpose(lhs_slice.at[:, own_rows]), rhs_slice
 
-      def compute(tile: OuterTile, first: jax.Array) -> None:
-        repeated = (tile.steps - 1) * STEP - tile.last
-        end = tile.size - tile.last
-
+      def compute(
+        tile: OuterTile, first: jax.Array, meanwhile: Callable[[jax.Array], None] | None = None
+      ) -> jax.Array:
         def prepare(j: jax.Array, slot: jax.Array) -> None:
-          @pl.when((j == tile.steps - 1) & ((repeated > 0) | (end < STEP)))
-          def clear() -> None:
-            _keep_rows(ring.lhs.at[slot, :, own_rows], repeated, end)
-
-            def clear_rhs(block: jax.Array, _: None) -> None:
-              start = block * KEPT
-              _keep_rows(ring.rhs.at[slot, pl.ds(start, KEPT)], 0, end - start)
-
-            @pl.when(is_first | (not tiling.split))
-            def clear_all_rhs() -> None:
-              lax.fori_loop(lax.div(end, jnp.int32(KEPT)), STEP // KEPT, clear_rhs, None)
-
-            plgpu.commit_smem()
-            if tiling.split:
-
-              @pl.when(end < STEP)
-              def wait() -> None:  # The first clears what both read, and waits for nobody.
-                pl.when(is_first)(lambda: plgpu.barrier_arrive(cleared.at[slot]))
-                pl.when(~is_first)(lambda: plgpu.barrier_wait(cleared.at[slot]))
+          pl.when(j == tile.steps - 1)(
+            lambda: _clear(ring, slot, own_rows, tile, warpgroup == 0, cleared)
+          )
 
         def product(acc: Ref) -> jax.Array:
-          ring.multiply(acc, warpgroup, first, tile.steps, operands, prepare)
+          ring.multiply(acc, warpgroup, first, tile.steps, operands, prepare, meanwhile)
           return acc[...]
 
         shape = (tiling.own_rows, tile_n)
-        acc = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-        units = itertools.product(range(0, tiling.own_rows, UNIT), range(0, tile_n, store_n))
-        for j, (row, column) in enumerate(units):
-          rows = pl.ds(tile.m * tile_m + first_row + row, UNIT)
-          columns = pl.ds(tile.n * tile_n + column, store_n)
-          part = acc[row : row + UNIT, column : column + store_n].astype(out_dtype)
-          pipeline.store(slots.at[warpgroup], j, out_ref.at[tile.group, rows, columns], part)
+        return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
-      def turn(i: jax.Array, carry: tuple[jax.Array, OuterTile]) -> tuple[jax.Array, OuterTile]:
+      def part_of(result: jax.Array, unit: int) -> jax.Array:
+        row, column = units[unit]
+        return result[row : row + UNIT, column : column + store_n].astype(out_dtype)
+
+      def store(part: jax.Array, i: jax.Array, group: jax.Array, unit: int) -> None:
+        (row, column), (tile_row, tile_column) = units[unit], place_of(i)
+        rows = pl.ds(tile_row + first_row + row, UNIT)
+        columns = pl.ds(tile_column + column, store_n)
+        pipeline.store(slots.at[warpgroup], unit, out_ref.at[group, rows, columns], part)
+
+      def whole(i: jax.Array, carry: tuple[jax.Array, OuterTile]) -> tuple[jax.Array, OuterTile]:
+        """Compute and write a tile, if it is this consumer's."""
         first, tile = carry
         following = tile_at(i + 1)
-        is_own = tiling.split or lax.rem(i, jnp.int32(pipeline.CONSUMERS)) == warpgroup
-        pl.when(is_own)(lambda: compute(tile, first))
+
+        @pl.when(tiling.split | (lax.rem(i, jnp.int32(pipeline.CONSUMERS)) == warpgroup))
+        def own() -> None:
+          result = compute(tile, first)
+          for unit in range(len(units)):
+            store(part_of(result, unit), i, tile.group, unit)
+
         return first + tile.steps, following
 
-      lax.fori_loop(0, num_tiles, turn, (jnp.int32(0), tile_at(jnp.int32(0))))
+      def overlapped(i: jax.Array, carry: Any) -> Any:
+        """Compute a tile; write its first unit, and the others of the one before."""
+        first, tile, group, *parts = carry
+        following = tile_at(i + 1)
+
+        def store_if(condition: jax.Array, unit: int) -> None:
+          part = parts[unit - 1]
+          pl.when((i > 0) & condition)(lambda: store(part, i - 1, group, unit))
+
+        def meanwhile(step: jax.Array) -> None:
+          for unit in range(1, len(units)):
+            store_if(step == unit - 1, unit)
+
+        result = compute(tile, first, meanwhile)
+        for unit in range(2, len(units)):
+          store_if(tile.steps < unit, unit)
+        store(part_of(result, 0), i, tile.group, 0)
+        parts = [part_of(result, unit) for unit in range(1, len(units))]
+        return first + tile.steps, following, tile.group, *parts
+
+      begin = jnp.int32(0), tile_at(jnp.int32(0))
+      if tiling.split and jnp.dtype(out_dtype).itemsize == 2:  # Wider ones need more registers.
+        none = plgpu.layout_cast(jnp.zeros((UNIT, store_n), out_dtype), plgpu.Layout.WGMMA)
+        carry = (*begin, jnp.int32(0), *[none] * (len(units) - 1))
+        _, _, group, *parts = lax.fori_loop(0, num_tiles, overlapped, carry)
+        for unit, part in enumerate(parts, 1):
+          pl.when(num_tiles > 0)(lambda p=part, u=unit: store(p, num_tiles - 1, group, u))
+      else:
+        lax.fori_loop(0, num_tiles, whole, begin)
       plgpu.wait_smem_to_gmem(0)
 
   kernel = plgpu.kernel(
@@ -361,6 +381,40 @@ def by_groups(
   )
   clusters = pipeline.num_clusters(tiling)
   return kernel(lhs, rhs, *schedule(starts, group_sizes, tiles_group, clusters))
+
+
+def _clear(
+  ring: Ring, slot: jax.Array, own_rows: Any, tile: OuterTile, is_first: jax.Array, cleared: Ref
+) -> None:
+  """Clear what the last slice of a group holds of other slices and of other groups.
+
+  Args:
+    own_rows: of the result, which are columns of lhs, that the consumer computes. is_first: whether
+      it is the first consumer, which clears what both read, and waits for nobody. cleared: a
+      barrier per slot, to tell the other one.
+  """
+  is_split = ring.tiling.split
+  repeated, end = (tile.steps - 1) * STEP - tile.last, tile.size - tile.last
+
+  def clear_rhs(block: jax.Array, _: None) -> None:
+    start = block * KEPT
+    _keep_rows(ring.rhs.at[slot, pl.ds(start, KEPT)], 0, end - start)
+
+  @pl.when((repeated > 0) | (end < STEP))
+  def clear() -> None:
+    _keep_rows(ring.lhs.at[slot, :, own_rows], repeated, end)
+
+    @pl.when(is_first | (not is_split))
+    def clear_all_rhs() -> None:
+      lax.fori_loop(lax.div(end, jnp.int32(KEPT)), STEP // KEPT, clear_rhs, None)
+
+    plgpu.commit_smem()
+    if is_split:
+
+      @pl.when(end < STEP)
+      def tell() -> None:
+        pl.when(is_first)(lambda: plgpu.barrier_arrive(cleared.at[slot]))
+        pl.when(~is_first)(lambda: plgpu.barrier_wait(cleared.at[slot]))
 
 
 def _keep_rows(ref: Ref, first: jax.Array | int, end: jax.Array) -> None:

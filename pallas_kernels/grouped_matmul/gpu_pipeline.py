@@ -4,8 +4,9 @@ A kernel runs one block per multiprocessor, of three warpgroups. The producer co
 operands into a ring of slots, tile after tile. Two consumers take turns: each computes every
 other tile of the block, so that one writes its result while the other keeps the tensor cores busy.
 Or they split: each computes half of the rows of every tile. The tile can then be twice as wide,
-which takes a fifth off the traffic of shared memory, and power with it, but nothing hides the
-writing of results. Blocks in clusters of two compute neighbouring tiles along m and share their
+which takes a fifth off the traffic of shared memory, and power with it, but nobody multiplies while
+they write results, unless they keep them in registers and write them during the next tile's
+products. Blocks in clusters of two compute neighbouring tiles along m and share their
 slices of rhs.
 """
 
@@ -195,10 +196,12 @@ class Ring:
     num_steps: jax.Array | int,
     operands: Callable[[Ref, Ref], tuple[Ref, Ref]],
     prepare: Callable[[jax.Array, jax.Array], None] | None = None,
+    meanwhile: Callable[[jax.Array], None] | None = None,
   ) -> None:
     """Add the products of `num_steps` (at least one) slices, from slice `first` on, to acc.
 
     `operands` makes views of the slices in a slot, `prepare` may change the i-th slot beforehand.
+    `meanwhile` does something else during the i-th product.
     """
 
     def step(i: jax.Array, _: None) -> None:
@@ -207,6 +210,8 @@ class Ring:
       if prepare is not None:
         prepare(i, slot)
       plgpu.wgmma(acc, *operands(self.lhs.at[slot], self.rhs.at[slot]))
+      if meanwhile is not None:
+        meanwhile(i)
       plgpu.wgmma_wait(1)
 
       @pl.when(i > 0)
