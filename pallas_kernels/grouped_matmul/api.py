@@ -79,7 +79,7 @@ def group_starts(group_sizes: jax.Array, alignment: int) -> jax.Array:
   aligned = (group_sizes + alignment - 1) // alignment * alignment
   index = jnp.arange(len(aligned))
   # XLA's GPU compiler fuses sums of a matrix' rows with others of them; a cumsum is a kernel alone.
-  return jnp.sum(jnp.where(index[None] < index[:, None], aligned[None], 0), axis=1)
+  return jnp.sum(jnp.where(index[None] < index[:, None], aligned[None], 0), axis=1, dtype=jnp.int32)
 
 
 def grouped_matmul(

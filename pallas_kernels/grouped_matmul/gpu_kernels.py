@@ -1,6 +1,7 @@
 """Kernels of the grouped matmul for Hopper, on the pipeline of `gpu_pipeline`."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -238,8 +239,8 @@ def by_groups(
 
   The longest groups come first, so that blocks end at about the same time. A group's last slice
   reaches back rather than far past the group's end: the rows of the slice before need be cleared
-  in one operand, those of others, which may hold NaN, in both. Consumers that split tiles write most of a
-  bf16 result during the products of the next tile.
+  in one operand, those of others, which may hold NaN, in both. Consumers that split tiles write
+  most of a bf16 result during the products of the next tile.
   """
   (m, k), n, g = lhs.shape, rhs.shape[1], group_sizes.shape[0]
   tile_m, tile_n = tiling.tile_m, tiling.tile_n
@@ -344,8 +345,8 @@ def by_groups(
         following = tile_at(i + 1)
 
         def store_if(condition: jax.Array, unit: int) -> None:
-          part = parts[unit - 1]
-          pl.when((i > 0) & condition)(lambda: store(part, i - 1, group, unit))
+          last = functools.partial(store, parts[unit - 1], i - 1, group, unit)
+          pl.when((i > 0) & condition)(last)
 
         def meanwhile(step: jax.Array) -> None:
           for unit in range(1, len(units)):
@@ -360,11 +361,12 @@ def by_groups(
 
       begin = jnp.int32(0), tile_at(jnp.int32(0))
       if tiling.split and jnp.dtype(out_dtype).itemsize == 2:  # Wider ones need more registers.
+        assert len(units) % pipeline.STORE_ROUNDS == 0, "stores alternate slots across tiles, too"
         none = plgpu.layout_cast(jnp.zeros((UNIT, store_n), out_dtype), plgpu.Layout.WGMMA)
         carry = (*begin, jnp.int32(0), *[none] * (len(units) - 1))
         _, _, group, *parts = lax.fori_loop(0, num_tiles, overlapped, carry)
         for unit, part in enumerate(parts, 1):
-          pl.when(num_tiles > 0)(lambda p=part, u=unit: store(p, num_tiles - 1, group, u))
+          pl.when(num_tiles > 0)(functools.partial(store, part, num_tiles - 1, group, unit))
       else:
         lax.fori_loop(0, num_tiles, whole, begin)
       plgpu.wait_smem_to_gmem(0)
@@ -391,7 +393,8 @@ def _clear(
   Args:
     own_rows: of the result, which are columns of lhs, that the consumer computes. is_first: whether
       it is the first consumer, which clears what both read, and waits for nobody. cleared: a
-      barrier per slot, to tell the other one.
+      barrier per slot, to tell the other one. Of a single barrier the first consumer, who may be
+      ahead by as many slices as there are slots, could complete two phases before the other looks.
   """
   is_split = ring.tiling.split
   repeated, end = (tile.steps - 1) * STEP - tile.last, tile.size - tile.last

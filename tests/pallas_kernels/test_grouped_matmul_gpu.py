@@ -20,10 +20,12 @@ except ImportError:  # JAX 0.10.
     force_gpu_interpret_mode,
   )
 
-OPERATIONS = ("matmul", "transposed", "outer", "matmul_gelu", "matmul_gelu_backward")
-PLAIN = ("matmul", "transposed", "outer")  # Whose consumers may split tiles.
+# Results of outer: consumers that split tiles write float32 at once, bf16 during the next products.
+OUTER = {"outer": jnp.float32, "outer_bf16": jnp.bfloat16}
+PLAIN = ("matmul", "transposed", *OUTER)  # Whose consumers may split tiles.
+OPERATIONS = (*PLAIN, "matmul_gelu", "matmul_gelu_backward")
 # What JAX 0.10 cannot interpret: transposed operands of wgmma (it hangs), and layout_cast.
-NOT_IN_0_10 = ("transposed", "outer", "matmul_gelu_backward")
+NOT_IN_0_10 = ("transposed", *OUTER, "matmul_gelu_backward")
 JAX_VERSION = tuple(map(int, jax.__version__.split(".")[:2]))
 
 
@@ -46,7 +48,7 @@ def inputs(operation, sizes, alignment, k, n):
   arrays = {
     "matmul": (a, w),
     "transposed": (b, w),
-    "outer": (a, b),
+    **dict.fromkeys(OUTER, (a, b)),
     "matmul_gelu": (a, w),
     "matmul_gelu_backward": (a, w.swapaxes(1, 2), b, jnp.asarray(row_weights[:, 0])),
   }
@@ -59,19 +61,16 @@ def call(operation, arrays, starts, sizes, alignment, tiling=None):
   if operation in ("matmul", "transposed"):
     transpose = operation == "transposed"
     return (gpu.matmul(*arrays, starts, sizes, transpose_rhs=transpose, **options),)
-  if operation == "outer":  # float32 results are written as soon as they are there, bf16 later.
-    return tuple(
-      gpu.outer(*arrays, starts, sizes, out_dtype=dtype, **options)
-      for dtype in (jnp.float32, jnp.bfloat16)
-    )
+  if operation in OUTER:
+    return (gpu.outer(*arrays, starts, sizes, out_dtype=OUTER[operation], **options),)
   return getattr(gpu, operation)(*arrays, starts, sizes, **options)
 
 
 def expected(operation, arrays, starts, sizes):
   """Return the float32 results of the oracle."""
   a, w = arrays[:2]
-  if operation == "outer":
-    return (reference.outer(a, w, starts, sizes),) * 2
+  if operation in OUTER:
+    return (reference.outer(a, w, starts, sizes),)
   w = w.swapaxes(1, 2) if operation in ("transposed", "matmul_gelu_backward") else w
   product = reference.matmul(a, w, starts, sizes)
   gelu = functools.partial(jax.nn.gelu, approximate=True)
@@ -94,7 +93,7 @@ def check(operation, sizes, alignment, k, n, tiling=None):
   results = jax.jit(functools.partial(call, operation, alignment=alignment, tiling=tiling))(
     arrays, starts, group_sizes
   )
-  rows = slice(None) if operation == "outer" else used
+  rows = slice(None) if operation in OUTER else used
   for actual, oracle in zip(results, expected(operation, arrays, starts, group_sizes), strict=True):
     # Products are of bf16 numbers in float32, then rounded once unless float32 is asked for: that
     # is of sums of n terms of unit size, which are of size sqrt(n), as is their rounding.
@@ -114,7 +113,7 @@ def test_kernels_equal_the_oracle_and_ignore_unused_rows(case, operation, few_bl
   if JAX_VERSION < (0, 11) and operation in NOT_IN_0_10:
     pytest.skip("JAX 0.10 cannot interpret transposed operands and layout_cast: needs 0.11")
   few_blocks(2)
-  tile_m = 128 if operation == "outer" else 64
+  tile_m = 128 if operation in OUTER else 64
   tiling = gpu.Tiling(tile_m=tile_m, tile_n=128, stages=2, panel=1, cluster=1)
   with force_gpu_interpret_mode(InterpretGPUParams()):
     check(operation, testing.GROUP_SIZES[case], 64, 128, 128, tiling)
@@ -132,7 +131,7 @@ def test_whole_and_half_tiles_equal_the_oracle(operation, few_blocks):
   assert not get_races().races_found
 
 
-@pytest.mark.parametrize("sizes", [[200, 0, 30, 129, 1], [200, 30]])
+@pytest.mark.parametrize("sizes", [[200, 0, 30, 129, 1], [200, 30], [100]])
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("operation", PLAIN)
 def test_consumers_that_split_tiles_equal_the_oracle(operation, cluster, sizes, few_blocks):
@@ -143,7 +142,7 @@ def test_consumers_that_split_tiles_equal_the_oracle(operation, cluster, sizes, 
   with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
     check(operation, sizes, 128, 256, 256, tiling)
   # Of an odd number of row tiles, both blocks of a cluster compute the last, and write the same.
-  if cluster == 1 or operation == "outer" or sum(-(-size // 128) for size in sizes) % 2 == 0:
+  if cluster == 1 or operation in OUTER or sum(-(-size // 128) for size in sizes) % 2 == 0:
     assert not get_races().races_found
 
 
@@ -229,7 +228,7 @@ def test_split_tiles_and_clusters_equal_the_oracle_on_a_gpu(sizes, split, cluste
   tiling = gpu.Tiling(
     tile_m=128, tile_n=tile_n, stages=stages, panel=2, cluster=cluster, split=split
   )
-  k, n = (512, 1024) if operation == "outer" else (384, 1024)
+  k, n = (512, 1024) if operation in OUTER else (384, 1024)
   check(operation, sizes, 128, *((n, k) if operation == "transposed" else (k, n)), tiling)
 
 
@@ -247,9 +246,8 @@ def test_kernels_equal_the_oracle_on_a_gpu(sizes, alignment, operation):
 @pytest.mark.parametrize(
   ("operation", "alignment", "split"),
   [
-    ("outer", 64, False),
-    ("outer", 64, True),
-    *((name, rows, False) for rows in (64, 128) for name in OPERATIONS if name != "outer"),
+    *((name, 64, split) for name in OUTER for split in (False, True)),
+    *((name, rows, False) for rows in (64, 128) for name in OPERATIONS if name not in OUTER),
     ("matmul", 128, True),
     ("transposed", 128, True),
   ],
@@ -263,7 +261,7 @@ def test_kernels_compile_for_hopper_without_spills_or_serialized_wgmma(operation
   arrays = {
     "matmul": (rows(m, k), rows(g, k, n)),
     "transposed": (rows(m, n), rows(g, k, n)),
-    "outer": (rows(m, k), rows(m, n)),
+    **dict.fromkeys(OUTER, (rows(m, k), rows(m, n))),
     "matmul_gelu": (rows(m, k), rows(g, k, n)),
     "matmul_gelu_backward": (
       *(rows(m, k), rows(g, n, k), rows(m, n)),
