@@ -79,8 +79,8 @@ def _estimate(call: Call) -> float:
 
 
 def _count(seconds: float, of_one: float) -> float:
-  """Return how many calls take so long, at least one and no more than are made at once."""
-  return max(1.0, min(_MOST_CALLS, seconds / of_one))
+  """Return how many calls, not rounded, take so long: one to as many as are made at once."""
+  return max(1.0, seconds / max(of_one, seconds / _MOST_CALLS))
 
 
 def compare(

@@ -248,6 +248,8 @@ def by_groups(
   tiles_group = tiles_m * (n // tile_n)
   store_n = 128 // jnp.dtype(out_dtype).itemsize  # What a store of one swizzled row holds.
   units = list(itertools.product(range(0, tiling.own_rows, UNIT), range(0, tile_n, store_n)))
+  if len(units) % pipeline.STORE_ROUNDS:
+    raise ValueError(f"{tiling} has {len(units)} units to store, and slots for pairs: widen it")
 
   def body(lhs_ref: Ref, rhs_ref: Ref, *refs: Ref) -> None:
     *groups_refs, extra_ref, out_ref = refs[:5]
@@ -361,7 +363,6 @@ def by_groups(
 
       begin = jnp.int32(0), tile_at(jnp.int32(0))
       if tiling.split and jnp.dtype(out_dtype).itemsize == 2:  # Wider ones need more registers.
-        assert len(units) % pipeline.STORE_ROUNDS == 0, "stores alternate slots across tiles, too"
         none = plgpu.layout_cast(jnp.zeros((UNIT, store_n), out_dtype), plgpu.Layout.WGMMA)
         carry = (*begin, jnp.int32(0), *[none] * (len(units) - 1))
         _, _, group, *parts = lax.fori_loop(0, num_tiles, overlapped, carry)
@@ -392,7 +393,8 @@ def _clear(
 
   Args:
     own_rows: of the result, which are columns of lhs, that the consumer computes. is_first: whether
-      it is the first consumer, which clears what both read, and waits for nobody. cleared: a
+      it is the first consumer: where tiles are split it clears rhs for both, and waits for nobody;
+      where they are not, each clears its own. cleared: a
       barrier per slot, to tell the other one. Of a single barrier the first consumer, who may be
       ahead by as many slices as there are slots, could complete two phases before the other looks.
   """
@@ -438,8 +440,8 @@ def schedule(
 
   Returns:
     int32 [g] each, of the groups by falling size: their numbers, first rows and sizes. float32 [g],
-    of which the last one is how many of the tiles after the longest group's take together as long
-    as one of these; see `round_extra`.
+    running sums, of which the last one is how many of the tiles after the longest group's take
+    together as long as one of these; see `round_extra`.
   """
   index = jnp.arange(len(sizes), dtype=jnp.int32)
   tie = (sizes[None] == sizes[:, None]) & (index[None] < index[:, None])
@@ -463,6 +465,6 @@ def schedule(
 
 
 def round_extra(extra: jax.Array, groups: int, tiles: int, clusters: int) -> jax.Array:
-  """Return the whole number of extra tiles, no more than there are; `extra` is the last one."""
+  """Return a whole number of extra tiles, no more than there are, of `schedule`'s last number."""
   most = (groups - 1) * tiles // max(pipeline.Deal.left_out(tiles, clusters), 1)
   return lax.min((extra + 0.5).astype(jnp.int32), jnp.int32(most))
