@@ -167,6 +167,9 @@ def test_a_tiling_that_does_not_divide_the_result_is_refused():
   tiling = gpu.Tiling(tile_m=128, tile_n=128, stages=3, panel=3, cluster=1)
   with pytest.raises(ValueError, match=r"does not divide .* 512 wide"):
     check("matmul", [200, 30], 128, 128, 512, tiling)
+  tiling = gpu.Tiling(tile_m=64, tile_n=64, stages=3, panel=1, cluster=1)
+  with pytest.raises(ValueError, match=r"1 units to store"):
+    check("outer_bf16", [200, 30], 64, 128, 128, tiling)
 
 
 def deal(sizes, tiles, clusters):
